@@ -1,0 +1,12 @@
+"""Attention ops: each means one thing and can be run in several ways.
+
+`attend2d` attends along a `vitzoo.patterns.Pattern` on a map, `attend` among token sequences, `merge_lse` joins disjoint key
+sets. `explain` says which implementation would run and why not the others; `using` fixes one for a block of code.
+"""
+
+from vitzoo.ops._dispatch import explain, using
+from vitzoo.ops.attend.api import attend
+from vitzoo.ops.attend2d.api import attend2d
+from vitzoo.ops.merge import merge_lse
+
+__all__ = ["attend", "attend2d", "explain", "merge_lse", "using"]

@@ -1,0 +1,19 @@
+"""The two normalisations that implementations share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def safe_logsumexp(scores: Tensor) -> Tensor:
+    """logsumexp over the last dimension: -inf, with a zero gradient, where there is no key or every key is masked."""
+    if isinstance(scores.shape[-1], int) and scores.shape[-1] == 0:
+        return scores.sum(-1) - torch.inf
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.logsumexp(scores.masked_fill(empty, 0.0), -1).masked_fill(empty.squeeze(-1), -torch.inf)
+
+
+def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), zero where lse is -inf."""
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])

@@ -1,0 +1,60 @@
+"""attend through PyTorch: fused attention where PyTorch has it, one batched product after another where it has not."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitzoo.ops._softmax import probabilities, safe_logsumexp
+
+
+def supports(call) -> str | None:
+    """Takes every call."""
+    return None
+
+
+def run(call) -> tuple[Tensor, Tensor | None]:
+    """(out `[B, L, N, D]`, lse `[B, L, N]` or None) of an `AttendCall`."""
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    bias = _total_bias(call)
+    # PyTorch's fused kernels give no lse, and leave for a slow path when the bias learns
+    learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    no_keys = not torch.compiler.is_compiling() and k.shape[2] == 0
+    if call.return_lse or learns or no_keys:
+        out, lse = _plain(q, k, v, bias, call.scale, call.return_lse)
+        return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
+    mask = bias if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).transpose(1, 2), None
+
+
+def _total_bias(call) -> Tensor | None:
+    """bias and key_bias as one tensor with four dimensions that broadcasts to `[B, N, L, S]`."""
+    bias = call.bias
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)]
+    if call.key_bias is None:
+        return bias
+    key_bias = call.key_bias[:, None, None, :]
+    return key_bias if bias is None else bias + key_bias
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Scores, softmax, values; q `[B, N, L, D]`, k and v `[B, N, S, D]`. Rows without a key give 0 and -inf."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = ((q * scale) @ k.transpose(-2, -1)).to(wide)
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    if not return_lse and k.shape[2] != 0 and not _can_mask(bias):
+        return scores.softmax(-1).to(q.dtype) @ v, None
+    lse = safe_logsumexp(scores)
+    return probabilities(scores, lse).to(q.dtype) @ v, lse
+
+
+def _can_mask(bias: Tensor | None) -> bool:
+    """Whether a row could be masked as a whole; -inf in a bias is only looked for where looking is free of graph breaks."""
+    if bias is None:
+        return False
+    return torch.compiler.is_compiling() or bias.device.type != "cpu" or bool(torch.isneginf(bias).any())

@@ -1,0 +1,84 @@
+"""The transformer block: a token mixer and an MLP, each with norm, layer scale, drop path and residual."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath, LayerScale, Mlp
+from torch import Tensor, nn
+
+CHUNK_TOKENS = 3200
+"""Tokens that the in-place path takes through the MLP at once. On a CPU an allocation above 32 MiB is mapped and
+page-faulted anew at every call, which costs more than the GELU that writes it."""
+
+
+class Block(nn.Module):
+    """``x + drop_path(scale(mixer(norm(x))))``, then the same with an MLP; or with the norm behind (Swin V2).
+
+    Args:
+        dim: channels C.
+        attn: the token mixer, a module from ``[B, ..., C]`` to ``[B, ..., C]`` whose output is not a view of its input.
+        mlp_ratio: hidden channels of the MLP over C.
+        drop_path: probability of skipping a branch for one image, in training.
+        proj_drop: dropout in the MLP.
+        layer_scale: initial value of a learned scale per channel on both branches; None for no scale.
+        norm_eps: epsilon of the LayerNorms.
+        post_norm: normalise the branch's output (residual post-norm) instead of its input.
+
+    Shape: ``[B, H, W, C]`` or ``[B, L, C]``, unchanged.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-5,
+        post_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = attn
+        self.ls1 = LayerScale(dim, init_values=layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.ls2 = LayerScale(dim, init_values=layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._may_work_in_place(x):
+            return self._forward_in_place(x)
+        if self.post_norm:
+            x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x))))
+            return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _may_work_in_place(self, x: Tensor) -> bool:
+        """In inference on a CPU, eager, and where nobody watches or has replaced the parts that are bypassed."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
+            return False
+        if type(x) is not Tensor or x.device.type != "cpu":  # an FX proxy, a subclass, another device
+            return False
+        bypassed = (self.mlp, self.mlp.act)
+        return type(self.mlp.act) is nn.GELU and not any(m._forward_hooks or m._forward_pre_hooks for m in bypassed)
+
+    def _forward_in_place(self, x: Tensor) -> Tensor:
+        """The same numbers to the last bit, with the residual, the GELU and the MLP's hidden map in reused memory.
+
+        The mixer's output belongs to this block, so it becomes the residual stream; ``x`` is never written.
+        """
+        y = self.norm1(self.attn(x)) if self.post_norm else self.attn(self.norm1(x))
+        y = self.ls1(y).add_(x)
+        tokens = max(1, y[0].numel() // y.shape[-1]) if len(y) else 1
+        for part in y.split(max(1, CHUNK_TOKENS // tokens)):
+            hidden = self.mlp.fc1(part if self.post_norm else self.norm2(part))
+            torch.ops.aten.gelu_(hidden, approximate=self.mlp.act.approximate)
+            out = self.mlp.fc2(self.mlp.norm(hidden))
+            part.add_(self.ls2(self.norm2(out) if self.post_norm else out))
+        return y

@@ -1,0 +1,91 @@
+"""From an image to a map, and from a map to the next smaller one. Sizes that do not divide are padded, never refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitzoo.layers.maps import pad_image, pad_map
+
+for _name in ("pad_image", "pad_map"):
+    torch.fx.wrap(_name)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear layer: a convolution whose kernel is its stride.
+
+    Args:
+        dim: channels of the map.
+        patch_size: pixels on a side of a patch.
+        in_chans: channels of the image.
+        norm: LayerNorm after it.
+
+    Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / p), ceil(W / p), dim]``; zeros are added at the bottom and right.
+    """
+
+    def __init__(self, dim: int, patch_size: int, in_chans: int = 3, norm: bool = False) -> None:
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.proj(pad_image(image, self.patch_size)).permute(0, 2, 3, 1))
+
+
+class ConvStem(nn.Module):
+    """Two overlapping 3x3 convolutions of stride 2, then LayerNorm (NAT's tokenizer).
+
+    Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / 4), ceil(W / 4), dim]``.
+    """
+
+    def __init__(self, dim: int, in_chans: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.conv2(self.conv1(image)).permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """An overlapping 3x3 convolution of stride 2, then LayerNorm (NAT's downsampler).
+
+    Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / 2), ceil(W / 2), out_dim]``.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """The four tokens of a 2x2 cell, side by side, through one linear layer (Swin).
+
+    The cell is read column by column, (0,0), (1,0), (0,1), (1,1), which is not ``pixel_unshuffle``'s order; odd maps
+    get a row or column of zeros.
+
+    Args:
+        dim: channels of the map.
+        out_dim: channels of the next one.
+        post_norm: LayerNorm of the result (Swin V2) instead of the concatenation (V1).
+
+    Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / 2), ceil(W / 2), out_dim]``.
+    """
+
+    def __init__(self, dim: int, out_dim: int, post_norm: bool = False) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.norm = nn.LayerNorm(out_dim if post_norm else 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_map(x, (2, 2))
+        b, h, w, c = x.shape
+        cells = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.norm(self.reduction(cells)) if self.post_norm else self.reduction(self.norm(cells))

@@ -1,0 +1,142 @@
+"""timm's model contract, once: what every backbone answers, whatever its trunk.
+
+timm, segmentation_models_pytorch, Hugging Face and torchvision know a backbone by these methods. A trunk adds
+``forward_features``, ``forward_head``, ``forward_intermediates`` and ``prune_intermediate_layers``; a family adds nothing.
+Everything that is imported from timm's private modules is imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+__all__ = ["Backbone", "configure", "feature_take_indices", "pair"]
+
+Config = TypeVar("Config")
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """``7`` to ``(7, 7)``; a pair (rows, columns) stays one."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def configure(cfg: Config, overrides: Mapping[str, Any]) -> Config:
+    """A config with some fields replaced; lists (from YAML or JSON) become tuples.
+
+    Raises:
+        TypeError: a name that the config does not have, with the nearest one that it has.
+    """
+    known = {field.name for field in dataclasses.fields(cfg)}  # type: ignore[arg-type]  # Config is a dataclass
+    for name in overrides:
+        if name == "output_stride":
+            raise ValueError(
+                f"{type(cfg).__name__[:-6]} has no output_stride: its strides are fixed by its stages. "
+                "Choose a decoder that takes a pyramid (FPN, UPerNet, Unet) instead of a dilated backbone."
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"It takes: {', '.join(sorted(known))}."
+            raise TypeError(f"{type(cfg).__name__[:-6]} does not take '{name}'. {hint}")
+    return dataclasses.replace(cfg, **{name: _frozen(value) for name, value in overrides.items()})  # type: ignore[type-var]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+class Backbone(nn.Module):
+    """What every model of the zoo has in common.
+
+    Attributes:
+        cfg: the frozen config it was built from.
+        num_features: channels of ``forward_features``.
+        head_hidden_size: channels of ``forward_head(x, pre_logits=True)``.
+        feature_info: one dict per output of ``forward_intermediates``: ``num_chs``, ``reduction`` (pixels), ``module``.
+        num_classes: outputs of the classifier; 0 without one.
+        in_chans: channels of the image.
+    """
+
+    NO_DECAY: ClassVar[tuple[str, ...]] = ("rel_bias", "pos_embed", "cls_token", "reg_token", "dist_token")
+    """Parts of parameter names that take no weight decay (1-D parameters never do, by timm's rule)."""
+
+    STEM: ClassVar[str]
+    """Pattern of the parameters before the first block."""
+
+    cfg: Any
+    num_features: int
+    head_hidden_size: int
+    feature_info: list[dict[str, Any]]
+    num_classes: int
+    in_chans: int
+
+    def init_weights(self) -> None:
+        """Truncated normal 0.02 for every linear layer, zero biases; modules with an ``init_weights`` of their own follow it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Nothing to do: no model of the zoo has buffers. Indices are rebuilt in forward, at no cost worth a cache."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay."""
+        return {name for name, _ in self.named_parameters() if any(part in name.split(".") for part in self.NO_DECAY)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put every parameter into a layer, for layer-wise learning rates."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or an Identity."""
+        raise NotImplementedError
+
+    def record_input_size(self, img_size: int | tuple[int, int] | None, **model_args: Any) -> None:
+        """Tell timm the nominal image size of this instance, so that data configs built from it are right."""
+        if img_size is not None:
+            self.cfg = dataclasses.replace(self.cfg, img_size=img_size)
+            update_model_input_size(self, img_size, **model_args)
+
+    @classmethod
+    def from_published(cls, state: dict[str, Tensor], cfg: Any) -> dict[str, Tensor]:
+        """Rename (and reshape) the entries of a published or timm checkpoint to ours.
+
+        Must be linear in the values, so that gradients travel the same way, and must take a part of a checkpoint.
+
+        Args:
+            state: entries under their published names, without wrapping or prefixes.
+            cfg: config of the model that they are for.
+        """
+        del cfg
+        return state
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))

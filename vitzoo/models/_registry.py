@@ -1,0 +1,336 @@
+"""The registry: timm's own, with our names in it.
+
+``register_family`` turns a table of variants into timm entry points. Names are those of the papers; where timm has the
+name already, ours carries ``vz_`` in timm's registry and timm's entry stays as it is. ``vitzoo.create_model`` takes the
+bare name, prefers ours, and falls through to timm for everything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import heapq
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from vitzoo import checkpoints
+from vitzoo.models._contract import Backbone, configure, pair
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One listed model: its names, family and config."""
+
+    name: str
+    timm_name: str
+    family: str
+    cls: type[Backbone]
+    cfg: Any
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register_family(
+    module: str,
+    cls: type[Backbone],
+    variants: Mapping[str, Any],
+    *,
+    first_conv: str,
+    patch_first_conv: str | None = None,
+    classifier: str | tuple[str, ...] = "head.fc",
+    out_indices: int | None = None,
+    data: Mapping[str, Any] | None = None,
+    borrow: bool = False,
+) -> None:
+    """Put every variant of a family into timm's registry and into ours.
+
+    Args:
+        module: the family's module, ``__name__``; its last part is the family's name and that of its manifest.
+        cls: the model class; built with ``cls(cfg=variant, **keywords)``.
+        variants: name to frozen config.
+        first_conv: parameter prefix of the first convolution (timm adapts it to other ``in_chans``).
+        patch_first_conv: the same for variants whose config sets ``patch_size`` where others have none.
+        classifier: parameter prefix of the classifier, or several.
+        out_indices: default outputs of ``features_only``: the last n; None: all.
+        data: entries of timm's data config that differ from ImageNet's defaults.
+        borrow: take the weights that timm has published for the same name (the keys are the same).
+    """
+    family = module.rsplit(".", 1)[-1]
+    owner = sys.modules[module]
+    published = _manifest(family)
+    cfgs: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    for name, cfg in variants.items():
+        names[name] = f"vz_{name}" if timm.is_model(name) else name
+        stem = patch_first_conv if patch_first_conv and cfg.patch_size is not None else first_conv
+        base = {**_data_config(cfg), "first_conv": stem, "classifier": classifier, **(data or {})}
+        tagged = {tag: row for tag, row in published.items() if tag.split(".")[0] == name}
+        if borrow and names[name] != name:
+            for tag, theirs in timm.models.get_arch_pretrained_cfgs(name).items():
+                known = {k: v for k, v in theirs.to_dict(remove_null=True).items() if k not in ("architecture", "tag")}
+                suffix = "." + tag.split(".", 1)[-1] if "." in tag else (f".{tag}" if tag else "")
+                cfgs[names[name] + suffix] = {**base, **known}
+        for tag, row in tagged.items():
+            suffix = tag[len(name) :]
+            cfgs[names[name] + suffix] = {**base, **_checkpoint_config(row)}
+        if not any(key.split(".")[0] == names[name] for key in cfgs):
+            cfgs[names[name]] = base
+    owner.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]  # timm looks it up in the module
+
+    for name, cfg in variants.items():
+        indices: Any = out_indices or tuple(range(len(getattr(cfg, "depths", ()))))
+        entry = Entry(name, names[name], family, cls, cfg)
+        build = _entry_point(entry, indices, module)
+        register_model(build)
+        setattr(owner, names[name], build)
+        _ENTRIES[name] = entry
+
+
+def _entry_point(entry: Entry, out_indices: Any, module: str) -> Any:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            entry.cls,
+            entry.timm_name,
+            pretrained,
+            model_cfg=entry.cfg,
+            feature_cfg={"feature_cls": "getter", "out_indices": out_indices},
+            pretrained_filter_fn=checkpoints.convert,
+            **kwargs,
+        )
+
+    build.__name__ = build.__qualname__ = entry.timm_name
+    build.__module__ = module
+    build.__doc__ = f"{entry.name}: {entry.cls.__doc__}"
+    return build
+
+
+def _data_config(cfg: Any) -> dict[str, Any]:
+    """timm's data config for a variant at its own image size."""
+    height, width = pair(cfg.img_size or 224)
+    reduction = cfg.strides[-1]
+    return {
+        "url": "",
+        "num_classes": cfg.num_classes,
+        "input_size": (3, height, width),
+        "pool_size": (-(-height // reduction), -(-width // reduction)),
+        "crop_pct": 1.0 if height > 256 or height < 64 else 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }
+
+
+def _checkpoint_config(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a manifest's row that timm's config has a place for."""
+    config: dict[str, Any] = {"url": row["url"], "license": row["license"], "origin_url": f"https://github.com/{row['source']}"}
+    if "num_classes" in row:
+        config["num_classes"] = row["num_classes"]
+    return config
+
+
+@cache
+def _manifest(family: str) -> dict[str, dict[str, Any]]:
+    """Rows of ``weights/<family>.toml`` by name (with tag); empty where a family has none."""
+    here = Path(__file__).resolve().parent.parent
+    for folder in (here / "weights", here.parent / "weights"):  # installed; in a checkout
+        path = folder / f"{family}.toml"
+        if path.is_file():
+            with path.open("rb") as file:
+                return {row["name"]: row for row in tomllib.load(file)["checkpoint"]}
+    return {}
+
+
+def entry_of(name: str) -> Entry | None:
+    """Our entry for a name, with or without a tag or ``vz_``; None where it is not ours."""
+    bare = name.split(".", 1)[0]
+    return _ENTRIES.get(bare) or _ENTRIES.get(bare.removeprefix("vz_"))
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a model by name, as ``timm.create_model`` does: ours where we have the name, else timm's.
+
+    Args:
+        model_name: a name, optionally with a tag (``"swin_tiny_patch4_window7_224.ms_in22k"``).
+        pretrained: load the published weights.
+        **kwargs: what timm's ``create_model`` takes (``features_only``, ``out_indices``, ``checkpoint_path``, ...) and
+            any field of the family's config: ``num_classes``, ``in_chans``, ``drop_path_rate``, ``depths``, ...
+
+    Returns:
+        The model; with ``features_only=True`` a module that returns NCHW maps at the strides of ``feature_info``.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known ones), a tag that the model does not have, weights that do
+            not fit.
+        TypeError: a keyword that the family's config does not have (with the nearest known one).
+    """
+    entry = entry_of(model_name)
+    if entry is None:
+        if ":" not in model_name and not timm.is_model(model_name.split(".", 1)[0]):  # "hf-hub:..." is timm's to resolve
+            raise ValueError(unknown_name(model_name))
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    tag = model_name.split(".", 1)[1] if "." in model_name else ""
+    tags = [name.split(".", 1)[1] for name in pretrained_tags(entry) if "." in name]
+    if tag and tag not in tags:
+        raise ValueError(f"{entry.name} has no weights tagged '{tag}'. It has: {', '.join(tags) or 'no tags'}.")
+    if pretrained and not pretrained_tags(entry):
+        raise ValueError(
+            f"No published weights are known for {entry.name}. Use pretrained=False, or checkpoint_path= for a file of yours."
+        )
+    path = kwargs.pop("checkpoint_path", None)
+    full = entry.timm_name + (f".{tag}" if tag else "")
+    if path is None:
+        return timm.create_model(full, pretrained=pretrained, **kwargs)
+    if kwargs.pop("features_only", False):
+        features = {k: kwargs.pop(k) for k in ("out_indices", "feature_cls") if k in kwargs}
+        state = checkpoints.load(timm.create_model(full, **{**kwargs, "num_classes": 0}), path).state_dict()
+        model = timm.create_model(full, features_only=True, **features, **kwargs)
+        wanted = model.model.state_dict()  # type: ignore[union-attr]  # the getter keeps the backbone in .model
+        model.model.load_state_dict({k: state[k] for k in wanted})  # type: ignore[union-attr]
+        return model
+    return checkpoints.load(timm.create_model(full, **kwargs), path)
+
+
+def unknown_name(name: str) -> str:
+    """A sentence that says which known names are nearest."""
+    bare = name.split(".", 1)[0]
+    near = _nearest(bare, list(_ENTRIES)) or _nearest(bare, timm.list_models())
+    hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else "vitzoo.list_models() lists the known ones."
+    return f"There is no model named '{name}'. {hint}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Up to three known names that are like ``name``, or that begin like it (published names are long)."""
+
+    def likeness(candidate: str) -> float:
+        whole, begin = (difflib.SequenceMatcher(None, name, c).ratio() for c in (candidate, candidate[: len(name) + 1]))
+        return max(whole, begin)
+
+    return [n for n in heapq.nlargest(3, known, key=likeness) if likeness(n) >= 0.7]
+
+
+def pretrained_tags(entry: Entry) -> list[str]:
+    """Names, with tags, under which published weights of a model are known."""
+    cfgs = timm.models.get_arch_pretrained_cfgs(entry.timm_name)
+    ours = {name.removeprefix("vz_") if entry.timm_name != entry.name else name: cfg for name, cfg in cfgs.items()}
+    return [name for name, cfg in ours.items() if cfg.has_weights]
+
+
+def list_models(
+    filter: str | Sequence[str] = "",  # noqa: A002  # timm's name for it
+    *,
+    family: str | Sequence[str] = "",
+    exclude: str | Sequence[str] = "",
+    pretrained: bool = False,
+) -> list[str]:
+    """The zoo's models, sorted.
+
+    Args:
+        filter: wildcards, one or several; a name that matches any is listed ("swin*").
+        family: families, one or several ("swin", "nat").
+        exclude: wildcards of names to leave out.
+        pretrained: list instead the names, with tags, that have published weights.
+
+    Raises:
+        ValueError: a family that does not exist (with those that do).
+    """
+    wanted, filters, excluded = (_strings(value) for value in (family, filter, exclude))
+    for name in wanted:
+        if name not in list_families():
+            raise ValueError(f"There is no family '{name}'. Families: {', '.join(list_families())}.")
+    entries = [e for e in _ENTRIES.values() if not wanted or e.family in wanted]
+    names = [n for e in entries for n in (pretrained_tags(e) if pretrained else [e.name])]
+    return sorted(
+        name
+        for name in names
+        if (not filters or any(fnmatch.fnmatchcase(name, f) for f in filters))
+        and not any(fnmatch.fnmatchcase(name, f) for f in excluded)
+    )
+
+
+def list_families() -> list[str]:
+    """The families of the zoo, sorted."""
+    return sorted({entry.family for entry in _ENTRIES.values()})
+
+
+def _strings(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) and value else list(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a listed model.
+
+    Attributes:
+        name: bare name.
+        timm_name: its name in timm's registry.
+        family: its family.
+        params: learned numbers, exact.
+        img_size: rows and columns of the image it was published at.
+        channels: channels of each default output of ``features_only``.
+        strides: pixels per token of each.
+        pretrained: names, with tags, of its published weights.
+        top1: published ImageNet-1k top-1 in percent by name; no entry where none was published.
+        gmacs: published multiply-adds at ``img_size``, in billions; None where none were published.
+        config: its frozen config.
+    """
+
+    name: str
+    timm_name: str
+    family: str
+    params: int
+    img_size: tuple[int, int]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    pretrained: tuple[str, ...]
+    top1: dict[str, float]
+    gmacs: float | None
+    config: Any
+
+
+def model_info(name: str, **overrides: Any) -> ModelInfo:
+    """Facts about a listed model; it is built on the meta device, so this costs no memory.
+
+    Args:
+        name: a name of ``list_models()``.
+        **overrides: fields of its config to change first (``num_classes=10``).
+
+    Raises:
+        ValueError: an unknown name (with the nearest known ones).
+    """
+    entry = entry_of(name)
+    if entry is None:
+        raise ValueError(unknown_name(name) + " (model_info knows vitzoo's own models.)")
+    cfg = configure(entry.cfg, overrides)
+    with torch.device("meta"):
+        model = entry.cls(cfg)
+    rows = {n: row for n, row in _manifest(entry.family).items() if n.split(".")[0] == entry.name}
+    infos = model.feature_info
+    return ModelInfo(
+        name=entry.name,
+        timm_name=entry.timm_name,
+        family=entry.family,
+        params=sum(p.numel() for p in model.parameters()),
+        img_size=pair(cfg.img_size or 224),
+        channels=tuple(info["num_chs"] for info in infos),
+        strides=tuple(info["reduction"] for info in infos),
+        pretrained=tuple(pretrained_tags(entry)),
+        top1={n: row["top1"] for n, row in rows.items() if "top1" in row},
+        gmacs=next((row["gmacs"] for row in rows.values() if "gmacs" in row), None),
+        config=cfg,
+    )

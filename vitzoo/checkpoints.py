@@ -1,0 +1,163 @@
+"""From a file to a model: unwrap, rename, resize, load strictly. Nothing is unpickled that could run code.
+
+The authors' layout, timm's layout and our own are recognised; the renaming itself is the family's ``from_published``.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vitzoo.layers.maps import resize_positions, resize_table
+
+_log = logging.getLogger(__name__)
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net", "backbone")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file: safetensors, or PyTorch's format with ``weights_only``.
+
+    Args:
+        path: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, is damaged, or holds objects whose loading could run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, and loading the rest could run code, so it was not loaded. "
+            "Open it where you trust it, and save only its state_dict."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error}). Download or save it again.") from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a checkpoint. Save a state_dict.")
+    return dict(loaded)
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state_dict inside a training checkpoint, without wrapping and without prefixes that all its keys share.
+
+    An exponential moving average is preferred to the weights beside it, as published loaders do.
+
+    Raises:
+        ValueError: no tensors are found.
+    """
+    state: Any = checkpoint
+    while True:
+        inner = next((state[k] for k in _WRAPPERS if isinstance(state.get(k), Mapping) and state[k]), None)
+        if inner is None:
+            break
+        state = inner
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"No tensors in this checkpoint; its entries are: {', '.join(map(str, checkpoint)) or 'none'}.")
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
+
+
+def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint in the authors', timm's or our layout as a state_dict for ``model``.
+
+    Relative position tables and learned positions are resized where the model's are larger or smaller. Everything else
+    is linear in the values, so a dict of gradients goes the same way.
+
+    Args:
+        checkpoint: a state_dict or a training checkpoint around one, or a part of it.
+        model: the model it is for, one of the zoo's.
+
+    Returns:
+        Entries under the model's names. What the model does not have is kept, so that a strict load names it.
+    """
+    state = unwrap(checkpoint)
+    own = model.state_dict()
+    published = getattr(model, "from_published", None)
+    if published is not None and not _is_ours(state, own):
+        state = published(state, model.cfg)
+    return {key: _resized(key, value, own.get(key), model) for key, value in state.items()}
+
+
+def _is_ours(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    shared = sum(key in own for key in state)
+    return shared == len(state) or (shared > 0 and all(key in state for key in own))
+
+
+def _resized(key: str, value: Tensor, own: Tensor | None, model: nn.Module) -> Tensor:
+    if own is None or own.shape == value.shape:
+        return value
+    if key.endswith("rel_bias") and value.ndim == 3:
+        _log.info("%s: relative position table resized from %s to %s", key, tuple(value.shape[1:]), tuple(own.shape[1:]))
+        return resize_table(value, (own.shape[1], own.shape[2]))
+    if key.endswith("pos_embed") and value.ndim == 3:
+        holder = model.get_submodule(key.rpartition(".")[0]) if "." in key else model
+        prefix = getattr(model, "embedded_prefix", 0)
+        side = round((value.shape[1] - prefix) ** 0.5)
+        if side * side + prefix == value.shape[1]:
+            _log.info("%s: positions resized from %dx%d to %dx%d", key, side, side, *holder.grid_size)
+            like = value.new_empty(1, *holder.grid_size, 0)
+            grid = resize_positions(value[:, prefix:], like, (side, side), antialias=True).flatten(1, 2)
+            return torch.cat([value[:, :prefix], grid], dim=1)
+    return value
+
+
+def load(model: Model, path: str | Path) -> Model:
+    """Load a checkpoint file into a model, strictly, and return the model.
+
+    A classifier over another number of classes than the model's is left out, and logged; any other difference raises.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read safely, or its entries are not the model's: the message names some of both.
+    """
+    state = convert(read(path), model)
+    own = model.state_dict()
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    heads = {
+        f"{name}.{p}" for name, m in model.named_modules() if m is classifier for p, _ in m.named_parameters()
+    } if classifier is not None else set()
+    heads |= {key for key in state if key.split(".")[0] in ("head", "head_dist") and key not in own}
+    for key in sorted(heads):
+        if key in state and (key not in own or state[key].shape != own[key].shape):
+            wanted = tuple(own[key].shape) if key in own else "no classifier"
+            _log.warning("%s: left out, the file has %s, the model %s", key, tuple(state[key].shape), wanted)
+            state.pop(key)
+            if key in own:
+                state[key] = own[key]
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or unknown or shapes:
+        parts = [
+            f"{len(missing)} missing ({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''})" if missing else "",
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''})" if unknown else "",
+            f"{len(shapes)} of another shape ({'; '.join(shapes[:2])})" if shapes else "",
+        ]
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: {', '.join(p for p in parts if p)}. "
+            "Was it saved from another variant, or with other arguments?"
+        )
+    model.load_state_dict(state, strict=True)
+    return model

@@ -1,0 +1,22 @@
+"""The families. Importing this package registers every model with timm."""
+
+from vitzoo.models import deit, nat, swin, vit
+from vitzoo.models._registry import (
+    ModelInfo,
+    create_model,
+    list_families,
+    list_models,
+    model_info,
+)
+
+__all__ = [
+    "ModelInfo",
+    "create_model",
+    "deit",
+    "list_families",
+    "list_models",
+    "model_info",
+    "nat",
+    "swin",
+    "vit",
+]

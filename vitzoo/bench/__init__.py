@@ -1,0 +1,1 @@
+"""Benchmarks: cases are data, baselines run in the same process and turn, results are ratios."""

@@ -74,21 +74,21 @@ class Span:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default]
         return f"Span({', '.join([repr(self.size), *changed])})" if self.size is not None else _repr_whole(self)
 
-    def check(self, n: int, axis: str = "coordinates", owner: str | None = None) -> None:
+    def check(self, n: int, axis: str = "coordinates", owner: object = None) -> None:
         """Raise ValueError when this span has no meaning on an axis of `n` coordinates."""
-        owner = owner or repr(self)
+        owner = self if owner is None else owner  # its repr is made only where it is needed: Dynamo traces this
         if n < 1:
-            raise ValueError(f"{owner} needs at least 1 of {axis}, got {n}.")
+            raise ValueError(f"{owner!r} needs at least 1 of {axis}, got {n}.")
         if self.step is None and n % self.size:
             raise ValueError(
-                f"{owner} needs a number of {axis} that {self.size} divides, got {n}. "
+                f"{owner!r} needs a number of {axis} that {self.size} divides, got {n}. "
                 f"Pad the map to a multiple of {self.size} first."
             )
         if self.edge == "clamp":
             needed = self.size * self.step
             if n < needed:
                 raise ValueError(
-                    f"{owner} needs {needed} {axis}, got {n}. Use a smaller dilation or kernel size at this stage."
+                    f"{owner!r} needs {needed} {axis}, got {n}. Use a smaller dilation or kernel size at this stage."
                 )
 
     def resolve(self, n: int) -> Span:
@@ -199,8 +199,8 @@ class Pattern:
 
     def check(self, H: int, W: int) -> None:
         """Raise ValueError, in words, when this pattern has no meaning on a map of `H` rows and `W` columns."""
-        self.rows.check(H, "rows", repr(self))
-        self.cols.check(W, "columns", repr(self))
+        self.rows.check(H, "rows", self)
+        self.cols.check(W, "columns", self)
 
     def resolve(self, H: int, W: int) -> Pattern:
         """This pattern on an `H` x `W` map with every field an integer and edge "truncate" or "clamp"."""

@@ -1,0 +1,15 @@
+"""One adapter for each family: a function from a golden file to comparisons. Adding a family is adding an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.golden.families import nat, ops, swin
+from tests.golden.harness import Golden, Pair
+
+ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
+    "swin": swin.check,
+    "swinv2": swin.check,
+    "nat": nat.check,
+    "ops": ops.check,
+}

@@ -52,7 +52,10 @@ def pad_image(image: Tensor, multiple: tuple[int, int]) -> Tensor:
 def crop_map(x: Tensor, like: Tensor) -> Tensor:
     """The top left of ``x`` ``[B, H', W', ...]`` in the size of ``like`` ``[B, H, W, ...]``: undoes ``pad_map``."""
     height, width = like.shape[1], like.shape[2]
-    if not torch.compiler.is_compiling() and (height, width) == (x.shape[1], x.shape[2]):
+    if torch.compiler.is_compiling():  # gathered: a slice asks whether H <= H', and what follows about its strides
+        rows, cols = (torch.arange(n, device=x.device) for n in (height, width))
+        return x[:, rows[:, None], cols[None]]
+    if (height, width) == (x.shape[1], x.shape[2]):
         return x
     return x[:, :height, :width]
 

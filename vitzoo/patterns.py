@@ -109,7 +109,7 @@ class Span:
     @property
     def partitions(self) -> bool:
         """Whether the runs split the axis: every coordinate of a run sees exactly that run."""
-        return self.size == self.stride and self.edge != "clamp" or self.size is None
+        return (self.size == self.stride and self.edge != "clamp") or self.size is None
 
     def reach(self, n: int | None = None) -> int:
         """Largest distance between a query and a key it sees, in positions; `n` is needed only where size is None.

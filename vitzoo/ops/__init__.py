@@ -5,7 +5,9 @@ sets. `explain` says which implementation would run and why not the others; `usi
 """
 
 from vitzoo.ops._dispatch import explain, using
+from vitzoo.ops.attend import registration as _attend_registration  # noqa: F401  defines torch.ops.vitzoo.attend
 from vitzoo.ops.attend.api import attend
+from vitzoo.ops.attend2d import registration as _attend2d_registration  # noqa: F401  defines torch.ops.vitzoo.attend2d
 from vitzoo.ops.attend2d.api import attend2d
 from vitzoo.ops.merge import merge_lse
 

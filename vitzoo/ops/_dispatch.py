@@ -54,7 +54,7 @@ class Op:
         raise ValueError(f"{self.name} has no implementation {wanted!r}; it has {known}.")
 
     def run(self, call: Any, impl: str | None) -> tuple:
-        """(out, lse or None) of `call`. Autocast, which the call has obeyed, is off inside: implementations say their dtypes."""
+        """(out, lse or None) of `call`. The call has obeyed autocast; inside it is off, implementations say their dtypes."""
         chosen = self.choose(call, impl)
         device = call.q.device.type
         if device != "meta" and torch.is_autocast_enabled(device):

@@ -28,7 +28,9 @@ def merge_lse(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"merge_lse needs one lse for each output, got {len(outs)} outputs and {len(lses)} lses.")
     for out, lse in zip(outs, lses, strict=True):
         if out.shape[:-1] != lse.shape:
-            raise ValueError(f"merge_lse got an output {list(out.shape)} with a lse {list(lse.shape)}: shapes must agree up to D.")
+            raise ValueError(
+                f"merge_lse got an output {list(out.shape)} with a lse {list(lse.shape)}: shapes must agree up to D."
+            )
     stacked = torch.stack(list(lses))
     highest = stacked.detach().amax(0)
     weights = torch.exp(stacked - torch.where(highest == -torch.inf, 0.0, highest))

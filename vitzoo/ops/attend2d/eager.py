@@ -42,87 +42,110 @@ def _empty(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, return_lse: boo
 
 def _fused_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, scale: float) -> Tensor:
     """The output alone, each region by PyTorch's fused attention."""
-    out = q.new_empty(q.shape)
+    out, packed = q.new_empty(q.shape), _packed(q, k, v)
     for region in regions(pattern, q):
-        tiles = (tokens(q, region, "query"), tokens(k, region, "key"), tokens(v, region, "key"))
-        mask = score_bias(bias, region, pattern, q)
+        if packed is not None and queries_are_keys(region):
+            tiles = tokens(packed, region, "key").unflatten(2, (3, q.shape[3])).unbind(2)
+        else:
+            tiles = (tokens(q, region, "query"), tokens(k, region, "key"), tokens(v, region, "key"))
+        mask = score_bias(bias, region, q)
         part = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in tiles), attn_mask=mask, scale=scale)
         target = view(out, region, "query")
         target.copy_(part.transpose(1, 2).view(target.shape))
     return out
 
 
+def _packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """q, k, v as one view `[B, H, W, 3 * N, D]` where they follow each other in one projection: one copy lines up all three."""
+    N, D = q.shape[3:]
+    together = q.stride() == k.stride() == v.stride() and q.stride()[3:] == (D, 1)
+    together = together and q.device.type == "cpu" and q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    bytes_apart = (k.data_ptr() - q.data_ptr(), v.data_ptr() - k.data_ptr()) if together else ()
+    if bytes_apart != (N * D * q.element_size(),) * 2:
+        return None
+    return q.as_strided((*q.shape[:3], 3 * N, D), q.stride(), q.storage_offset())
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, scale: float, return_lse: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Output, lse where asked for, and each region's softmax `[G * N, L, E]` if `keep`, by batched products."""
-    out, kept = q.new_empty(q.shape), []
+    """Output, lse where asked for, and if `keep` what each region's gradient needs, by batched products.
+
+    Kept are the softmax `[G * N, L, E]` and, where they take no more room than q, k and v, the tiles of these.
+    """
+    out, kept, tiles_kept = q.new_empty(q.shape), [], keep and tiles_are_enough(pattern, q)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty(q.shape[:-1], dtype=wide) if return_lse else None
     for region in regions(pattern, q):
         query, key, value = heads(q, region, "query"), heads(k, region, "key"), heads(v, region, "key")
         scores = torch.baddbmm(query.new_empty(1), query, key.transpose(1, 2), beta=0, alpha=scale)
-        mask = score_bias(bias, region, pattern, q)
+        mask = score_bias(bias, region, q)
         if mask is not None:
             scores.view(-1, q.shape[3], *mask.shape[2:]).add_(mask)
         softmax = torch.softmax(scores, -1)
         target = view(out, region, "query", by_head=True)
         target.copy_(torch.bmm(softmax, value).view(target.shape))
-        if return_lse:
+        if lse is not None:
             target = view(lse[..., None], region, "query", by_head=True)
             target.copy_(torch.logsumexp(scores.to(wide), -1).view(target.shape))
         if keep:
-            kept.append(softmax)
+            kept += [softmax, query, key, value] if tiles_kept else [softmax]
     return out, lse, kept
 
 
 class _Attend2d(torch.autograd.Function):
-    """Keeps the softmax of each region, as PyTorch's own graph would, but not the copies of q, k and v."""
+    """Keeps the softmax of each region, as PyTorch's own graph would, and q, k, v once: not copy after copy."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, pattern, scale, return_lse):
         out, lse, kept = _forward(q, k, v, bias, pattern, scale, return_lse, keep=True)
-        ctx.save_for_backward(q, k, v, bias, *kept)
-        ctx.pattern, ctx.scale = pattern, scale
+        tiles_kept = tiles_are_enough(pattern, q)
+        ctx.save_for_backward(bias, *(() if tiles_kept else (q, k, v)), *kept)
+        ctx.tiles_kept, ctx.pattern, ctx.scale = tiles_kept, pattern, scale
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, bias, *kept = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dbias = _backward(dout, dlse, q, k, v, bias, kept, ctx)
-        return dq, dk, dv, dbias, None, None, None
+        with torch.autocast((dlse if dout is None else dout).device.type, enabled=False):
+            return *_backward(ctx, dout, dlse), None, None, None
 
 
-def _backward(dout, dlse, q, k, v, bias, kept, ctx) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients from the kept softmax P: dS = P (dP - rowsum(dP P) + dlse), then one product each."""
-    pattern, scale = ctx.pattern, ctx.scale
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    overlap = not (pattern.resolve(*q.shape[1:3]).rows.partitions and pattern.resolve(*q.shape[1:3]).cols.partitions)
-    if overlap:
+    bias, *kept = ctx.saved_tensors
+    q, k, v = (None, None, None) if ctx.tiles_kept else (kept.pop(0) for _ in range(3))
+    dlse = None if dlse is None else dlse[..., None]
+    shape = dlse.shape[:-1] + kept[1].shape[-1:] if dout is None and ctx.tiles_kept else (q if dout is None else dout).shape
+    dq, dk, dv = (kept[0].new_empty(shape) for _ in range(3))
+    dbias = None
+    if ctx.needs_input_grad[3]:
+        dbias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+    if not ctx.tiles_kept:
         dk.zero_(), dv.zero_()
-    dbias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if ctx.needs_input_grad[3] else None
-    for region, softmax in zip(regions(pattern, q), kept, strict=True):
-        key, query = heads(k, region, "key"), heads(q, region, "query")
-        if dout is not None:
-            dtile, value = heads(dout, region, "query"), heads(v, region, "key")
-            scatter(dv, torch.bmm(softmax.transpose(1, 2), dtile), region, overlap)
-            dprob = torch.bmm(dtile, value.transpose(1, 2))
-            dscore = torch.ops.aten._softmax_backward_data(dprob, softmax, -1, softmax.dtype)
+    for region in regions(ctx.pattern, dq):
+        softmax = kept.pop(0)
+        if ctx.tiles_kept:
+            query, key, value = (kept.pop(0) for _ in range(3))
         else:
-            dscore = torch.zeros_like(softmax)
+            query, key, value = heads(q, region, "query"), heads(k, region, "key"), heads(v, region, "key")
+        if dout is None:
+            dvalue, dscore = torch.zeros_like(value), torch.zeros_like(softmax)
+        else:
+            dtile = heads(dout, region, "query")
+            dvalue, dprob = torch.bmm(softmax.transpose(1, 2), dtile), torch.bmm(dtile, value.transpose(1, 2))
+            dscore = torch.ops.aten._softmax_backward_data(dprob, softmax, -1, softmax.dtype)
         if dlse is not None:
-            dscore = dscore + softmax * heads(dlse[..., None], region, "query").to(softmax.dtype)
+            dscore = dscore + softmax * heads(dlse, region, "query").to(softmax.dtype)
         nothing = query.new_empty(1)
         target = view(dq, region, "query", by_head=True)
-        target.copy_(torch.baddbmm(nothing, dscore, key, beta=0, alpha=scale).view(target.shape))
-        scatter(dk, torch.baddbmm(nothing, dscore.transpose(1, 2), query, beta=0, alpha=scale), region, overlap)
+        target.copy_(torch.baddbmm(nothing, dscore, key, beta=0, alpha=ctx.scale).view(target.shape))
+        dkey = torch.baddbmm(nothing, dscore.transpose(1, 2), query, beta=0, alpha=ctx.scale)
+        scatter(dk, dkey, region, overlap=not ctx.tiles_kept)
+        scatter(dv, dvalue, region, overlap=not ctx.tiles_kept)
         if dbias is not None:
             dbias += table_gradient(dscore, region, dbias)
-    if dout is None:
-        dv.zero_()
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
 
 
@@ -134,6 +157,16 @@ def regions(pattern: Pattern, x: Tensor) -> list[Region]:
     H, W = x.shape[1:3]
     resolved = pattern.resolve(H, W)
     return [(rows, cols) for rows in segments(resolved.rows, H) for cols in segments(resolved.cols, W)]
+
+
+def queries_are_keys(region: Region) -> bool:
+    """Whether the tiles of a region see exactly themselves."""
+    return all(s.query == s.key and s.tile == s.extent for s in region)
+
+
+def tiles_are_enough(pattern: Pattern, x: Tensor) -> bool:
+    """Whether every token is in exactly one tile, as query and as key, so that the tiles take no more room than the maps."""
+    return all(queries_are_keys(region) for region in regions(pattern, x))
 
 
 def view(x: Tensor, region: Region, side: str, by_head: bool = False) -> Tensor:
@@ -196,7 +229,7 @@ def scatter(grad: Tensor, tiles: Tensor, region: Region, overlap: bool) -> None:
 # What is added to a region's scores.
 
 
-def score_bias(bias: Tensor | None, region: Region, pattern: Pattern, q: Tensor) -> Tensor | None:
+def score_bias(bias: Tensor | None, region: Region, q: Tensor) -> Tensor | None:
     """Bias, and -inf at the cuts, `[1, N or 1, L, E]` in the dtype of q; None where nothing is added."""
     rows, cols = region
     masked = rows.masked or cols.masked
@@ -237,7 +270,6 @@ def table_gradient(dscore: Tensor, region: Region, table: Tensor) -> Tensor:
     total = dscore.view(-1, N, rows.tile * cols.tile * rows.extent * cols.extent).sum(0, dtype=table.dtype)
     total = total.view(N, rows.tile, cols.tile, rows.extent, cols.extent).transpose(2, 3)
     by_y, by_x = (
-        F.one_hot(offsets(s, size, table.device).flatten(), size).to(table.dtype)
-        for s, size in ((rows, Ey), (cols, Ex))
+        F.one_hot(offsets(s, size, table.device).flatten(), size).to(table.dtype) for s, size in ((rows, Ey), (cols, Ex))
     )
     return by_y.T @ total.reshape(N, rows.tile * rows.extent, cols.tile * cols.extent) @ by_x

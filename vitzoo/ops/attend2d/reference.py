@@ -18,20 +18,22 @@ def run(call) -> tuple[Tensor, Tensor | None]:
     return attend2d(call.q, call.k, call.v, call.pattern, call.bias, call.scale)
 
 
-def attend2d(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend2d(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """out `[B, H, W, N, D]` and lse `[B, H, W, N]`; accumulates in fp32, or in fp64 for fp64 inputs."""
+    scores = masked_scores(q, k, pattern, bias, scale)
+    lse = torch.logsumexp(scores, (-2, -1))
+    out = torch.einsum("bnyxvu,bvund->byxnd", torch.exp(scores - lse[..., None, None]), v.to(scores.dtype))
+    return out.to(q.dtype), lse.permute(0, 2, 3, 1)
+
+
+def masked_scores(q: Tensor, k: Tensor, pattern: Pattern, bias: Tensor | None, scale: float) -> Tensor:
+    """scale q . k + bias for all pairs, -inf for those that the pattern leaves out: `[B, N, H, W, H, W]`, at least fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("byxnd,bvund->bnyxvu", q.to(wide), k.to(wide)) * scale
-    sees, offset = pair_tables(pattern, q.shape[1], q.shape[2], q.device)
+    (sees_y, sees_x), (dy, dx) = pair_tables(pattern, q.shape[1], q.shape[2], q.device)
     if bias is not None:
-        scores = scores + bias.to(wide)[:, offset[0][:, None, :, None], offset[1][None, :, None, :]]
-    scores = scores.masked_fill(~(sees[0][:, None, :, None] & sees[1][None, :, None, :]), -torch.inf).flatten(-2)
-    lse = torch.logsumexp(scores, -1)
-    probabilities = torch.exp(scores - lse[..., None]).unflatten(-1, k.shape[1:3])
-    out = torch.einsum("bnyxvu,bvund->byxnd", probabilities, v.to(wide))
-    return out.to(q.dtype), lse.permute(0, 2, 3, 1)
+        scores = scores + bias.to(wide)[:, dy[:, None, :, None], dx[None, :, None, :]]
+    return scores.masked_fill(~(sees_y[:, None, :, None] & sees_x[None, :, None, :]), -torch.inf)
 
 
 def pair_tables(pattern: Pattern, H: int, W: int, device: torch.device) -> tuple[tuple, tuple]:

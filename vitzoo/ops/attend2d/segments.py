@@ -8,6 +8,7 @@ Everything here is integers, so caching it leaks no memory and knows no device.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from vitzoo.patterns import Span
@@ -55,7 +56,7 @@ def _runs(span: Span, length: int) -> list[tuple]:
     size = tile_size(span, length)
     cuts = sorted({0, length, *range(span.shift, length, size)})
     runs: list[list] = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         starts = [span.start(m, length) for m in range(begin, end)]
         key, stop = max(0, starts[0]), min(length, starts[-1] + span.size)
         lo = tuple(max(0, start) - key for start in starts)

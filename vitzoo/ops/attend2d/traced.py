@@ -82,9 +82,7 @@ def score_bias(bias: Tensor | None, rows: Axis, cols: Axis, N: int, dtype: torch
     if bias is None:
         added = torch.zeros((1, 1, 1, 1, 1, 1, 1), dtype=dtype, device=rows.query.device)
     else:
-        dy, dx = (
-            (each.offset + size // 2).clamp(0, size - 1) for each, size in ((rows, bias.shape[1]), (cols, bias.shape[2]))
-        )
+        dy, dx = ((each.offset + size // 2).clamp(0, size - 1) for each, size in ((rows, bias.shape[1]), (cols, bias.shape[2])))
         added = bias.to(dtype)[:, dy[:, None, :, None, :, None], dx[None, :, None, :, None, :]]
     for seen in (
         None if rows.seen is None else rows.seen[:, None, :, None, :, None],

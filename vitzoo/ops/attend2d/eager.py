@@ -108,6 +108,8 @@ class _Attend2d(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * 7
         with torch.autocast((dlse if dout is None else dout).device.type, enabled=False):
             return *_backward(ctx, dout, dlse), None, None, None
 

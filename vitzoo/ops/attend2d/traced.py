@@ -79,18 +79,21 @@ def score_bias(bias: Tensor | None, rows: Axis, cols: Axis, N: int, dtype: torch
     (P, T), E, (Q, S), F_ = rows.query.shape, rows.key.shape[1], cols.query.shape, cols.key.shape[1]
     if bias is None and rows.seen is None and cols.seen is None:
         return None
+    wide = torch.promote_types(dtype, torch.float32)  # the table's gradient is summed in the dtype it is read in
     if bias is None:
-        added = torch.zeros((1, 1, 1, 1, 1, 1, 1), dtype=dtype, device=rows.query.device)
+        added = torch.zeros((1, 1, 1, 1, 1, 1, 1), dtype=wide, device=rows.query.device)
     else:
         dy, dx = ((each.offset + size // 2).clamp(0, size - 1) for each, size in ((rows, bias.shape[1]), (cols, bias.shape[2])))
-        added = bias.to(dtype)[:, dy[:, None, :, None, :, None], dx[None, :, None, :, None, :]]
+        added = bias.to(wide)[:, dy[:, None, :, None, :, None], dx[None, :, None, :, None, :]]
     for seen in (
         None if rows.seen is None else rows.seen[:, None, :, None, :, None],
         None if cols.seen is None else cols.seen[None, :, None, :, None, :],
     ):
         if seen is not None:
             added = torch.where(seen, added, -torch.inf)
-    return added.expand(N, P, Q, T, S, E, F_).reshape(1, N * P * Q, T * S, E * F_)
+    if bias is None or rows.seen is None or cols.seen is None:  # merging expanded dimensions would ask about their sizes
+        added = added.expand(N, P, Q, T, S, E, F_).clone(memory_format=torch.contiguous_format)
+    return added.reshape(1, N * P * Q, T * S, E * F_).to(dtype)
 
 
 def axis(span: Span, n: int, device: torch.device) -> Axis:
@@ -104,11 +107,11 @@ def axis(span: Span, n: int, device: torch.device) -> Axis:
 
 def _grid(size: int, step: int, device: torch.device) -> Axis:
     """Every residue class is a tile; one more is never read."""
-    place = torch.arange(size, device=device)
-    residue = torch.arange(step + 1, device=device)
-    coordinate = (residue[:, None] + place * step).clamp(max=size * step - 1)
-    tile = residue[:step].expand(size, step).reshape(size * step)
-    return Axis(coordinate, coordinate, None, _distance(place), tile, place[:, None].expand(size, step).reshape(size * step))
+    place, residue = torch.arange(size, device=device), torch.arange(step + 1, device=device)
+    tiles = (residue[:, None] + place * step).clamp(max=size * step - 1)
+    coordinate = torch.arange(size * step, device=device)
+    row = (coordinate[:, None] >= place[1:] * step).sum(1)  # coordinate // step, which ONNX lacks for a symbolic step
+    return Axis(tiles, tiles, None, _distance(place), coordinate - row * step, row)
 
 
 def _whole(step: int, n: int, device: torch.device) -> Axis:

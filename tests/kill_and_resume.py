@@ -1,0 +1,142 @@
+"""Train once undisturbed and once with SIGKILLs at random moments, each time resumed; compare bit for bit.
+
+    python tests/kill_and_resume.py FOLDER --kills 5 [--seed 0] [--epochs 4] [--workers 0]
+
+One process imports everything and forks a child for each attempt, so that an attempt costs training and no imports. The
+run is small but has what makes resuming hard: gradient accumulation over a number of batches that it does not divide,
+several epochs with a validation each, mixup and cutmix, drop path, random augmentation, averaged weights, clipping, a
+schedule by update, a checkpoint after every update (so that many kills fall into its writing). Prints one line of JSON.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RUN = """
+fit --config configs/quickstart.yaml --trainer.limit_train_batches 9 --trainer.limit_val_batches 2
+--trainer.accumulate_grad_batches 2 --trainer.accelerator cpu --data.batch_size 16 --data.auto_augment rand-m9-mstd0.5-inc1
+--data.re_prob 0.25 --model.mixup 0.8 --model.cutmix 1.0 --model.drop_path 0.3 --model.ema 0.9 --model.warmup_epochs 1
+--save_every 1 --ckpt_path last
+""".split()
+
+
+def child(out: Path, log: Path, given: argparse.Namespace) -> int:
+    """Start an attempt in a process of its own; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    status = 1
+    try:
+        import train
+
+        sys.argv = ["train.py", *RUN, "--out", str(out)]
+        sys.argv += ["--data.num_workers", str(given.workers), "--trainer.max_epochs", str(given.epochs)]
+        train.main()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def finish(pid: int, seconds: float | None) -> int | None:
+    """Wait for a child; after ``seconds`` kill its whole group. Returns its exit status, or None where it was killed."""
+    ends = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if ends is not None and time.monotonic() > ends:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.005)
+
+
+def differences(a: dict, b: dict, path: str = "") -> list[str]:
+    """Where two nested checkpoints are not equal, tensors by ``torch.equal``."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        keys = a.keys() | b.keys()
+        return [d for k in keys for d in (differences(a[k], b[k], f"{path}/{k}") if k in a and k in b else [f"{path}/{k}"])]
+    if isinstance(a, (list, tuple)):
+        same = len(a) == len(b)
+        return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{path}/{i}")] if same else [path]
+    return [] if a == b else [path]
+
+
+def figures(out: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv without what depends on the clock."""
+    with open(out / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
+
+
+def main() -> None:
+    """Run both, compare, print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--longest", type=float, default=3.0, help="seconds until the latest kill of an attempt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0)
+    given = parser.parse_args()
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    import vitzoo.tasks.cli  # noqa: F401 (so that the children need not)
+
+    given.folder.mkdir(parents=True, exist_ok=True)
+    calm, rough = given.folder / "calm", given.folder / "rough"
+    began = time.monotonic()
+    assert finish(child(calm, given.folder / "calm.log", given), None) == 0, (given.folder / "calm.log").read_text()
+
+    draw, kills, attempts = random.Random(given.seed), 0, 0
+    while True:
+        attempts += 1
+        moment = draw.uniform(0.5, given.longest) if kills < given.kills else None
+        status = finish(child(rough, given.folder / "rough.log", given), moment)
+        if status is None:
+            kills += 1
+            continue
+        assert status == 0, (given.folder / "rough.log").read_text()[-3000:]
+        break
+    a, b = (torch.load(out / "last.ckpt", weights_only=True) for out in (calm, rough))
+    parts = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    differ = [d for part in parts for d in differences(a[part], b[part], part)]
+    print(
+        json.dumps(
+            {
+                "kills": kills,
+                "attempts": attempts,
+                "updates": a["global_step"],
+                "differences": differ[:10],
+                "rows_equal": figures(calm) == figures(rough),
+                "rows": len(figures(rough)),
+                "tensors": len(a["state_dict"]),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

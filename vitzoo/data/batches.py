@@ -1,0 +1,76 @@
+"""Which images make up which training batch: a function of (seed, epoch, index), so that a run can start anywhere.
+
+Nothing here has a state that would have to be saved. An order of images belongs to (seed, epoch), the augmentation of
+an image to (seed, epoch, index), dropout and mixup to (seed, step): a resumed run needs only the number of batches done.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+__all__ = ["StepBatches", "mix", "reseed"]
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from integers and strings; the same on every machine and in every process (unlike ``hash``)."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def reseed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (timm's transforms and mixup draw from the first two)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler of ``[(image index, seed), ...]``, shuffled for each epoch, the incomplete last batch left out.
+
+    Args:
+        images: Number of images in the training set.
+        batch_size: Images in a step over all processes; each of the ``world`` processes gets every ``world``-th.
+        seed: Of the run.
+        rank: This process.
+        world: Number of processes.
+        position: ``(epoch, batch)`` to start from; the batches before it are left out once, in that epoch only.
+
+    ``len()`` is that of a whole epoch, also in the epoch that starts in the middle: Lightning counts on.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        position: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.images, self.batch_size, self.seed, self.rank, self.world = images, batch_size, seed, rank, world
+        self.epoch, self.start = position
+        self.sampler = self  # Lightning calls set_epoch on ``batch_sampler.sampler``
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next ``iter()`` serves, counted from 0."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        return self.images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._batches(self.epoch, self.start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
+        order = torch.randperm(self.images, generator=generator)
+        for batch in range(start, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world]
+            yield [(index, mix(self.seed, "image", epoch, index)) for index in chosen.tolist()]

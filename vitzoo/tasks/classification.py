@@ -1,0 +1,302 @@
+"""Image classification: any model of the zoo or of timm, timm's recipe parts, torchmetrics' figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+import vitzoo
+from vitzoo.data.batches import mix, reseed
+from vitzoo.data.errors import UserError
+from vitzoo.tasks.optim import build_optimizer, build_schedule, scaled, updates_per_epoch
+
+__all__ = ["Classification"]
+
+
+class Classification(LightningModule):
+    """Train and evaluate a classifier.
+
+    Args:
+        name: Model name, the zoo's or timm's.
+        num_classes: Of the data; the command line takes it from there.
+        pretrained: Start from published weights; a head for another number of classes starts new.
+        kwargs: Further arguments of the model.
+        drop_path: Stochastic depth; None: the model's default.
+        optimizer: timm's name.
+        lr: Peak learning rate, for ``lr_batch`` pictures an update where that is given.
+        lr_batch: Scale ``lr``, ``warmup_lr`` and ``min_lr`` by (pictures an update / ``lr_batch``); None: do not.
+        weight_decay: Not on what the model's ``no_weight_decay`` names, nor on biases and norms.
+        layer_decay: Factor of the rate from each layer to the one below; None: one rate.
+        optimizer_kwargs: Such as ``betas``, ``eps``, ``momentum``.
+        schedule: timm's name.
+        warmup_epochs: Linear warm-up, counted in updates.
+        warmup_lr: Where it starts.
+        warmup_prefix: Start the decay's curve after the warm-up instead of cutting it.
+        min_lr: Where the decay ends.
+        cooldown_epochs: Epochs at ``min_lr`` at the end, part of ``trainer.max_epochs``.
+        decay_epochs: Between the steps of schedule "step".
+        decay_rate: Of schedule "step".
+        loss: "ce" (softmax cross-entropy) or "bce" (a sigmoid for each class).
+        smoothing: Label smoothing.
+        mixup: Alpha; 0: off.
+        cutmix: Alpha; 0: off.
+        mixup_prob: Probability of either in a batch.
+        mixup_switch_prob: Probability of cutmix where both are on.
+        mixup_mode: "batch", "pair" or "elem".
+        ema: Decay of the averaged weights; None: none. The average is what is evaluated and stored.
+        compile: Run the model through ``torch.compile``.
+        channels_last: Memory format of convolutions.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: An unknown model (the nearest names are given), an argument that the model does not take.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        pretrained: bool = False,
+        kwargs: dict[str, Any] = {},  # noqa: B006 (never written; a dict is what YAML gives)
+        drop_path: float | None = None,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        lr_batch: int | None = None,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        optimizer_kwargs: dict[str, Any] = {},  # noqa: B006
+        schedule: str = "cosine",
+        warmup_epochs: float = 5,
+        warmup_lr: float = 1e-6,
+        warmup_prefix: bool = False,
+        min_lr: float = 1e-5,
+        cooldown_epochs: float = 0,
+        decay_epochs: float = 30,
+        decay_rate: float = 0.1,
+        loss: str = "ce",
+        smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        mixup_mode: str = "batch",
+        ema: float | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        extra = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
+        self.model = _create(name, pretrained, num_classes, extra)
+        if grad_checkpointing:
+            self.model.set_grad_checkpointing(True)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile()
+        self.mixup = None
+        if mixup > 0 or cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=mixup_prob,
+                switch_prob=mixup_switch_prob,
+                mode=mixup_mode,
+                label_smoothing=smoothing,
+                num_classes=num_classes,
+            )
+        self.loss = _loss(loss, smoothing, self.mixup is not None)
+        tops = {"top1": MulticlassAccuracy(num_classes, top_k=1, average="micro")}
+        if num_classes >= 5:
+            tops["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        self.accuracy = MetricCollection(tops)
+        self.eval_loss = MeanMetric()
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.last_loss: Tensor | None = None  # of the latest step, detached: the bar and the history read it
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        if self.hparams.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.model(images)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a model and data that do not belong together; one sentence each."""
+        data = getattr(self.trainer, "datamodule", None)
+        classes, hp = getattr(data, "num_classes", self.hparams.num_classes), self.hparams
+        if classes != hp.num_classes:
+            raise UserError(
+                f"The model has num_classes={hp.num_classes} and the data has {classes} classes. "
+                f"Make the model with num_classes={classes}."
+            )
+        if stage == "fit" and self.mixup is not None and data is not None:
+            share = data.hparams.batch_size // self.trainer.world_size
+            if share % 2:
+                raise UserError(
+                    f"mixup and cutmix pair the pictures of a batch, and {share} on a device is odd. "
+                    f"Give --data.batch_size {(share + 1) * self.trainer.world_size}, or turn both off."
+                )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout, drop path and mixup by the step, so that a resumed run draws what it would have drawn."""
+        data = getattr(self.trainer, "datamodule", None)
+        seed = data.hparams.seed if data is not None else 0
+        reseed(mix(seed, "step", self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch: images ``[B, C, H, W]``, labels ``[B]``."""
+        images, labels = batch
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        loss = self.loss(self(images), labels)
+        self.last_loss = loss.detach()
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        broken = labels < 0  # FolderImages: an unreadable file counts as wrong, whatever the model says
+        if broken.any():
+            labels = torch.where(broken, -1 - labels, labels)
+            logits[broken] = 0.0
+            logits[broken, labels[broken]] = -1.0
+        self.accuracy.update(logits, labels)
+        self.confusion.update(logits, labels)
+        whole = ~broken
+        if whole.any():
+            self.eval_loss.update(F.cross_entropy(logits[whole], labels[whole]), weight=whole.sum())
+
+    def _start(self) -> None:
+        for metric in (self.accuracy, self.eval_loss, self.confusion):
+            metric.reset()
+
+    def _finish(self, stage: str) -> None:
+        figures = {**self.accuracy.compute(), "loss": self.eval_loss.compute()}
+        self.log_dict({f"{stage}/{key}": value for key, value in figures.items()}, sync_dist=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from zero."""
+        self._start()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/top1, val/top5 and val/loss, reduced over processes by the metrics themselves."""
+        self._finish("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Count from zero."""
+        self._start()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/top1, test/top5 and test/loss."""
+        self._finish("test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture number (-1 - number where unreadable), most probable class and its probability, each ``[B]``."""
+        images, numbers = batch
+        logits = self(images).float()
+        probability = logits.softmax(-1) if self.hparams.loss == "ce" else logits.sigmoid()
+        best, label = probability.max(-1)
+        return numbers.cpu(), label.cpu(), best.cpu()
+
+    def update_batch(self) -> int:
+        """Pictures that an optimiser's update sees, over all devices."""
+        return self.trainer.datamodule.hparams.batch_size * self.trainer.accumulate_grad_batches
+
+    def learning_rates(self) -> dict[str, float]:
+        """``lr``, ``warmup_lr`` and ``min_lr`` after scaling."""
+        hp = self.hparams
+        return {key: scaled(hp[key], self.update_batch(), hp.lr_batch) for key in ("lr", "warmup_lr", "min_lr")}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """timm's optimiser and its schedule by update."""
+        hp, rates, trainer = self.hparams, self.learning_rates(), self.trainer
+        optimizer = build_optimizer(
+            self.model, hp.optimizer, rates["lr"], hp.weight_decay, hp.layer_decay, dict(hp.optimizer_kwargs)
+        )
+        # not trainer.estimated_stepping_batches: it makes the training loader before the loops are restored
+        per_epoch = updates_per_epoch(trainer.datamodule.epoch_batches(), trainer.accumulate_grad_batches)
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0:
+            raise UserError("The schedule ends with the run: give --trainer.max_epochs.")
+        schedule = build_schedule(
+            optimizer,
+            hp.schedule,
+            epochs=epochs,
+            per_epoch=per_epoch,
+            warmup_epochs=hp.warmup_epochs,
+            cooldown_epochs=hp.cooldown_epochs,
+            warmup_lr=rates["warmup_lr"],
+            min_lr=rates["min_lr"],
+            warmup_prefix=hp.warmup_prefix,
+            decay_epochs=hp.decay_epochs,
+            decay_rate=hp.decay_rate,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """timm's schedules take the number of updates done."""
+        scheduler.step(self.global_step)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Weight averaging, where ``ema`` asks for it."""
+        fitting = self.trainer.state.fn == "fit"
+        return [EMAWeightAveraging(decay=self.hparams.ema)] if fitting and self.hparams.ema is not None else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the names of the classes beside the weights."""
+        checkpoint["classes"] = list(getattr(self.trainer.datamodule, "classes", []))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or of other classes, before its tensors do not fit."""
+        theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
+        for key, what in (("name", "the model"), ("num_classes", "a head for this number of classes:")):
+            if theirs.get(key, ours[key]) != ours[key]:
+                raise UserError(
+                    f"The checkpoint holds {what} {theirs[key]} and this run has {ours[key]}. Give --model.name and "
+                    "--data.root as they were when it was trained."
+                )
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        stored, present = checkpoint.get("classes"), list(getattr(data, "classes", []))
+        if stored and present and stored != present:
+            other = next(i for i, pair in enumerate(zip(stored, present, strict=True)) if pair[0] != pair[1])
+            raise UserError(
+                f"The checkpoint's class {other} is {stored[other]!r}, the data's is {present[other]!r}: the folders' "
+                "names must be those it was trained on."
+            )
+
+
+def _create(name: str, pretrained: bool, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return vitzoo.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        given = f" with {kwargs}" if kwargs else ""
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f"model.name {name!r}{given}: {text}") from error
+
+
+def _loss(kind: str, smoothing: float, mixed: bool) -> nn.Module:
+    if kind == "bce":
+        return BinaryCrossEntropy(smoothing=0.0 if mixed else smoothing)
+    if kind != "ce":
+        raise UserError(f"model.loss is {kind!r} and must be 'ce' or 'bce'.")
+    if mixed:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()

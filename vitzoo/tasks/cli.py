@@ -1,0 +1,252 @@
+"""The command line of ``train.py``: Lightning's, with flat YAML, one folder a run, and errors in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from vitzoo.data import ImageData, UserError
+from vitzoo.tasks.checkpointing import AtomicCheckpointIO, Checkpoints
+from vitzoo.tasks.classification import Classification
+from vitzoo.tasks.history import History
+from vitzoo.tasks.predictions import Predictions
+from vitzoo.tasks.progress import Bar, Lines
+from vitzoo.tasks.report import draw
+
+__all__ = ["Command", "quiet"]
+
+
+def quiet() -> None:
+    """Leave out what confuses a newcomer: tips for paid services, and warnings about what this package handles."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for text in (
+        ".*LeafSpec.*",
+        ".*treespec.*",
+        ".*is smaller than the logging interval.*",
+        ".*does not have many workers.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*recommended to use .*sync_dist=True.*",
+        ".*exists and is not empty.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*lr_scheduler.step.*before .*optimizer.step.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+class _Parser(LightningArgumentParser):
+    """Answers a wrong key with the nearest right one, in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        keys = re.findall(r"does not accept (?:option|nested key) '([\w.\-]+)'|--([\w.]+)|[Kk]ey '([\w.]+)'", text)
+        known = [action.dest for parser in self._family() for action in parser._actions]
+        for key in (next(filter(None, groups)) for groups in keys):
+            plain = key.removeprefix("fit.").removeprefix("validate.").removeprefix("test.").removeprefix("predict.")
+            near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+            if plain not in known:
+                hint = f" The nearest is {near[0]!r}." if near else ""
+                sys.exit(f"error: there is no key {plain!r}.{hint}")
+        sys.exit(f"error: {text}")
+
+    def _family(self) -> list[Any]:
+        subcommands = getattr(self, "_subcommands_action", None)
+        return [self, *(subcommands._name_parser_map.values() if subcommands else [])]
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder when training starts; it runs again as a new run."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        path = Path(self.config.out) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        again = self.config.clone()
+        again.ckpt_path = None
+        self.parser.save(again, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class Command(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for :class:`Classification` on :class:`ImageData`.
+
+    All of a run lies in the folder ``out``: ``config.yaml``, ``last.ckpt``, ``best.ckpt``, ``metrics.csv``,
+    ``tensorboard/``, ``result.png``, ``predictions.csv``. ``--ckpt_path last`` goes on with a run that was stopped, or
+    begins it where there is none; without it an earlier run in the folder is moved aside, never overwritten.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            Classification,
+            ImageData,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False, "log_every_n_steps": 20},
+            seed_everything_default=0,
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the switches that are decided here."""
+        ours = {"verbose", "weights_only", "return_predictions"}
+        return {name: skipped | ours for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``out`` and ``save_every``; the data decides the number of classes, the run's seed that of the data."""
+        parser.add_argument("--out", type=str, default="runs/run", help="Folder of the run.")
+        parser.add_argument("--save_every", type=int, default=200, help="Updates between two last.ckpt.")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyperparameters overrule the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint that ``ckpt_path`` means."""
+        config = self.config[self.subcommand]
+        given, out = config.ckpt_path, Path(config.out)
+        self.goes_on = given is not None
+        path = {"last": out / "last.ckpt", "best": out / "best.ckpt"}.get(str(given), given)
+        if self.subcommand == "fit":
+            if given == "best":
+                raise UserError("Training goes on from the last checkpoint: --ckpt_path last.")
+            if given == "last" and not path.exists():
+                print(f"{path} is not there yet: a new run begins.")
+                path = None
+        elif given is None:
+            path = out / "best.ckpt"
+            if not path.exists():
+                path = None
+                if not config.model.pretrained:
+                    raise UserError(
+                        f"There are no weights to {self.subcommand}: {out / 'best.ckpt'} does not exist. Train first, or "
+                        "give --ckpt_path FILE, --out FOLDER or --model.pretrained true."
+                    )
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--ckpt_path {given} means {path}, which does not exist.")
+        config.ckpt_path = None if path is None else str(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with this run's folder, checkpoints, history, bar and loggers."""
+        config = self.config_init[self.subcommand]
+        out, trainer = config.out, config.trainer
+        self.history = History(out)
+        self.checkpoints = Checkpoints(out, every=config.save_every)
+        self.predictions = Predictions(out)
+        callbacks = [*(trainer.callbacks or []), self.history, self.predictions]
+        bar = sys.stdout.isatty() and trainer.enable_progress_bar is not False
+        callbacks.append(Bar() if bar else Lines(self.history))
+        if trainer.enable_checkpointing is not False:
+            callbacks.append(self.checkpoints)
+        if trainer.logger is None and self.subcommand == "fit":
+            kwargs["logger"] = TensorBoardLogger(out, name="", version="tensorboard", default_hp_metric=False)
+        elif trainer.logger is None:
+            kwargs["logger"] = False
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        return super().instantiate_trainer(
+            default_root_dir=out,
+            callbacks=callbacks,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            plugins=[*plugins, AtomicCheckpointIO()],
+            **kwargs,
+        )
+
+    def before_fit(self) -> None:
+        """Say what is about to be trained; move an earlier run in the same folder aside."""
+        out = Path(self.config_init.fit.out)
+        if not self.trainer.is_global_zero:
+            return
+        traces = ("config.yaml", "last.ckpt", "best.ckpt", "metrics.csv")
+        if not self.goes_on and not self.trainer.fast_dev_run and any((out / name).exists() for name in traces):
+            number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
+            out.rename(out.with_name(f"{out.name}.{number}"))
+            print(f"{out} held an earlier run: moved to {out}.{number} (--ckpt_path last would have gone on with it)")
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        data, hp = self.datamodule.hparams, self.model.hparams
+        update = data.batch_size * self.trainer.accumulate_grad_batches
+        rate = f"{hp.lr:g}"
+        if hp.lr_batch is not None:
+            rate = f"{hp.lr * update / hp.lr_batch:g} = {hp.lr:g} x {update} / {hp.lr_batch}"
+        print(
+            f"{hp.name}, {millions:.2f} M parameters, {self.datamodule.num_classes} classes from {data.root}; "
+            f"{update} pictures an update, learning rate {rate}; into {out}/"
+        )
+
+    def after_fit(self) -> None:
+        """Evaluate the best checkpoint, draw the picture and print the result, one line."""
+        trainer, out = self.trainer, Path(self.config_init.fit.out)
+        if trainer.fast_dev_run or trainer.interrupted:
+            return
+        weights = next((path for path in (out / "best.ckpt", out / "last.ckpt") if path.exists()), None)
+        # evaluation restores callbacks from the checkpoint, and weight averaging would swap its average in once more
+        kept = (History, Checkpoints, WeightAveraging)
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, kept)]
+        self.validate(model=self.model, datamodule=self.datamodule, ckpt_path=weights and str(weights))
+        if not trainer.is_global_zero or "val/top1" not in trainer.callback_metrics:
+            return
+        top1 = float(trainer.callback_metrics["val/top1"])
+        confusion = self.model.confusion.compute().cpu().numpy()
+        count = int(confusion.sum())
+        title = f"{self.model.hparams.name}: top-1 {top1:.4f} on {count} held-out pictures"
+        draw(self.history.rows, confusion, self.datamodule.classes, title, out / "result.png")
+        last = self.history.rows[-1]["val_top1"] if self.history.rows else None
+        best = self.checkpoints.best_epoch
+        of = f" (best, epoch {best + 1} of {trainer.max_epochs}; last epoch {last:.4f})" if None not in (best, last) else ""
+        print(f"top-1 {top1:.4f} on {count} held-out pictures{of}; weights {weights}; curves {out / 'result.png'}")
+
+    def _published_head_fits(self) -> None:
+        """Published weights know their own classes: refuse to measure a new, untrained head."""
+        if self.config_init[self.subcommand].ckpt_path is None:
+            theirs = self.model.model.pretrained_cfg.get("num_classes")
+            if theirs != self.datamodule.num_classes:
+                raise UserError(
+                    f"{self.model.hparams.name}'s published weights know {theirs} classes and "
+                    f"{self.datamodule.hparams.root} has {self.datamodule.num_classes}: train first, or give --ckpt_path."
+                )
+
+    before_validate = before_test = before_predict = _published_head_fits
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate without Lightning's table."""
+        self.trainer.validate(verbose=False, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate without Lightning's table."""
+        self.trainer.test(verbose=False, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict into ``predictions.csv``; nothing is kept in memory but a row a picture."""
+        self.trainer.predict(return_predictions=False, **kwargs)
+
+    def after_validate(self) -> None:
+        """Print the figures, one line."""
+        self._figures("val")
+
+    def after_test(self) -> None:
+        """Print the figures, one line."""
+        self._figures("test")
+
+    def after_predict(self) -> None:
+        """Say where the predictions lie."""
+        print(f"{len(self.predictions.rows)} pictures; class and probability in {self.predictions.path}")
+
+    def _figures(self, stage: str) -> None:
+        if self.trainer.is_global_zero:
+            found = {key.removeprefix(f"{stage}/"): float(v) for key, v in self.trainer.callback_metrics.items()}
+            names = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
+            text = ", ".join(f"{names[key]} {found[key]:.4f}" for key in names if key in found)
+            weights = self.config_init[self.subcommand].ckpt_path or "published weights"
+            print(f"{text} on {int(self.model.confusion.compute().sum())} pictures ({stage}); weights {weights}")

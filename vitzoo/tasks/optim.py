@@ -1,0 +1,82 @@
+"""timm's optimisers and schedules, counted in updates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["build_optimizer", "build_schedule", "scaled", "updates_per_epoch"]
+
+
+def scaled(lr: float, batch: int, base_batch: int | None) -> float:
+    """The linear rule ``lr * batch / base_batch``; ``lr`` itself where no ``base_batch`` is given."""
+    return lr if base_batch is None else lr * batch / base_batch
+
+
+def updates_per_epoch(batches: int, accumulate: int) -> int:
+    """Optimiser updates in an epoch: the last one comes at its end, however few batches it has."""
+    return math.ceil(batches / accumulate)
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float, layer_decay: float | None, kwargs: dict[str, Any]
+) -> Optimizer:
+    """timm's optimiser ``name`` with parameter groups from the model's ``no_weight_decay`` and ``group_matcher``.
+
+    With ``layer_decay`` each group has an ``lr_scale``, which only timm's schedules apply.
+    """
+    return create_optimizer_v2(model, name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **kwargs)
+
+
+def build_schedule(
+    optimizer: Optimizer,
+    name: str,
+    *,
+    epochs: int,
+    per_epoch: int,
+    warmup_epochs: float,
+    cooldown_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+    warmup_prefix: bool = False,
+    decay_epochs: float = 30,
+    decay_rate: float = 0.1,
+) -> Scheduler:
+    """timm's schedule ``name`` whose unit is one update: step it with the number of updates done.
+
+    Args:
+        optimizer: Its groups' ``lr`` is the peak.
+        name: As in timm: "cosine", "step", "poly", "constant", ...
+        epochs: Of the run, warm-up and cool-down among them.
+        per_epoch: Updates in an epoch.
+        warmup_epochs: Linear from ``warmup_lr``.
+        cooldown_epochs: At the end, at ``min_lr``.
+        warmup_lr: Where the warm-up starts.
+        min_lr: Where the decay ends.
+        warmup_prefix: The decay begins after the warm-up; else its curve is cut by it (timm's default).
+        decay_epochs: Between the steps of "step".
+        decay_rate: Of "step", and the power of "poly".
+    """
+    warmup = round(warmup_epochs * per_epoch)
+    total = round((epochs - cooldown_epochs) * per_epoch)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        name,
+        num_epochs=total - warmup if warmup_prefix else total,
+        warmup_epochs=warmup,
+        warmup_prefix=warmup_prefix,
+        cooldown_epochs=round(cooldown_epochs * per_epoch),
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
+        decay_epochs=decay_epochs * per_epoch,
+        decay_rate=decay_rate,
+        step_on_epochs=True,
+    )
+    schedule.step(0)  # without warm-up timm applies neither lr_scale nor the curve before the first step
+    return schedule

@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="run the golden files below DIR instead of those of the repository; may be given several times",
     )
+    parser.addoption(
+        "--models",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="run the model contract on all listed names that match instead of the small ones; may be given several times",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

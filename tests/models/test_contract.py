@@ -1,0 +1,393 @@
+"""What every listed model keeps: timm's contract, any image size, the same bits twice.
+
+Runs on the small models of ``tests/models/zoo.py``; ``--models '*'`` runs it on all of them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+import vitzoo
+from tests.models.zoo import SMALL, build, ceil_div, image
+from vitzoo import checkpoints
+
+# smallest, narrow, odd, odd and larger than the map of the weights, wide, not a multiple of anything
+SIZES = [(32, 32), (33, 47), (224, 37), (37, 224), (97, 64), (250, 330)]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item()))
+
+
+def logits_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else torch.stack(output).sum(0)
+
+
+def step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Output and gradients of one backward pass, with the same drop path every time."""
+    torch.manual_seed(4)
+    model.zero_grad(set_to_none=True)
+    output = logits_of(model(x))
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return output.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_every_family_is_in_the_suite():
+    assert set(SMALL) == set(vitzoo.list_families())
+    assert {name for names in SMALL.values() for name in names} <= set(vitzoo.list_models())
+
+
+# -- any size, what comes out -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_takes_any_image_of_at_least_32_pixels(shared_model, size):
+    with torch.inference_mode():
+        final, maps = shared_model.forward_intermediates(image(*size, batch=1))
+        logits = shared_model.forward_head(final)
+    assert logits.shape == (1, shared_model.num_classes or shared_model.head_hidden_size)
+    assert logits.isfinite().all()
+    expected = [
+        (1, info["num_chs"], ceil_div(size[0], info["reduction"]), ceil_div(size[1], info["reduction"]))
+        for info in shared_model.feature_info
+    ]
+    assert [tuple(m.shape) for m in maps] == expected
+    assert all(m.isfinite().all() for m in maps)
+
+
+def test_features_only_equals_forward_intermediates(name, shared_model):
+    x = image(70, 93)
+    backbone = vitzoo.create_model(name, features_only=True).eval()
+    wanted = backbone.model.state_dict()
+    backbone.model.load_state_dict({key: shared_model.state_dict()[key] for key in wanted}, strict=True)
+    indices = backbone.feature_info.out_indices
+    with torch.no_grad():
+        maps = backbone(x)
+        expected = shared_model.forward_intermediates(x, indices=list(indices), intermediates_only=True)
+    assert len(maps) == len(indices) == len(expected)
+    for ours, theirs, channels, stride in zip(
+        maps, expected, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous()
+        assert ours.shape == (2, channels, ceil_div(70, stride), ceil_div(93, stride))
+
+
+def test_intermediates_are_the_same_however_they_are_asked_for(shared_model):
+    x = image()
+    count = len(shared_model.feature_info)
+    with torch.no_grad():
+        final, every = shared_model.forward_intermediates(x)
+        last = shared_model.forward_intermediates(x, indices=1, intermediates_only=True)
+        some = shared_model.forward_intermediates(x, indices=[0, -2], intermediates_only=True)
+        early = shared_model.forward_intermediates(x, indices=[0, 1], intermediates_only=True, stop_early=True)
+        features = shared_model.forward_features(x)
+    assert len(every) == count
+    assert torch.equal(final, features)
+    assert torch.equal(last[0], every[-1])
+    assert [torch.equal(a, b) for a, b in zip(some, (every[0], every[-2]), strict=True)] == [True, True]
+    assert [torch.equal(a, b) for a, b in zip(early, every[:2], strict=True)] == [True, True]
+
+
+def test_pruned_layers_leave_the_features_as_they_were(model):
+    x = image()
+    with torch.no_grad():
+        before = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+        parameters = sum(p.numel() for p in model.parameters())
+        assert list(model.prune_intermediate_layers([0, 1], prune_norm=True)) == [0, 1]
+        after = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert sum(p.numel() for p in model.parameters()) < parameters
+
+
+def test_forward_is_head_after_features_and_pre_logits_are_what_the_classifier_sees(shared_model):
+    x = image()
+    with torch.no_grad():
+        features = shared_model.forward_features(x)
+        assert torch.equal(shared_model.forward_head(features), shared_model(x))
+        pre = shared_model.forward_head(features, pre_logits=True)
+    assert pre.shape == (2, shared_model.head_hidden_size)
+
+
+def test_an_image_does_not_change_its_neighbours_in_the_batch(shared_model):
+    x = image(65, 50, batch=3)
+    with torch.no_grad():
+        together = shared_model(x)
+        assert_close(shared_model(x[1:2]), together[1:2])
+
+
+def test_channels_last_and_sliced_images_give_the_same(shared_model):
+    x = image(65, 50)
+    sliced = torch.zeros(2, 3, 70, 60)[:, :, 2:67, 5:55].copy_(x)
+    with torch.no_grad():
+        expected = shared_model(x)
+        assert_close(shared_model(x.to(memory_format=torch.channels_last)), expected)
+        assert_close(shared_model(sliced), expected)
+
+
+def test_the_input_is_never_written(shared_model):
+    x = image()
+    kept = x.clone()
+    with torch.inference_mode():
+        shared_model(x)
+    assert torch.equal(x, kept)
+
+
+# -- gradients and bits -----------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_receives_a_gradient(model):
+    _, gradients = step(model, image(96, 128))
+    dead = [name for name, g in gradients.items() if g is None or not g.isfinite().all() or not g.any()]
+    assert not dead
+
+
+def test_the_same_step_twice_gives_the_same_bits(model):
+    x = image(70, 93)
+    (first, grads), (second, again) = step(model.train(), x), step(model, x)
+    assert torch.equal(first, second)
+    assert [name for name, g in grads.items() if not torch.equal(g, again[name])] == []
+
+
+def test_gradient_checkpointing_changes_no_bit(model):
+    x = image(70, 93)
+    plain, grads = step(model.train(), x)
+    model.set_grad_checkpointing(True)
+    checkpointed, again = step(model, x)
+    assert torch.equal(plain, checkpointed)
+    assert [name for name, g in grads.items() if not torch.equal(g, again[name])] == []
+    model.set_grad_checkpointing(False)
+    assert not any(getattr(m, "grad_checkpointing", False) for m in model.modules())
+
+
+def test_gradient_checkpointing_saves_activations(model):
+    x = image(96, 128)
+
+    def kept() -> int:
+        saved = 0
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits_of(model(x))
+        return saved
+
+    plain = kept()
+    model.set_grad_checkpointing(True)
+    assert kept() < 0.5 * plain
+
+
+def test_inference_equals_training_forward(shared_model):
+    # without gradients a CPU takes a path in place
+    x = image(70, 93)
+    with_gradients = shared_model(x)
+    assert with_gradients.requires_grad
+    with torch.no_grad():
+        assert_close(shared_model(x), with_gradients.detach())
+
+
+def test_drop_path_acts_in_training_only(name):
+    model = build(name, drop_path_rate=0.9)
+    x = image()
+    torch.manual_seed(0)
+    first = logits_of(model.train()(x))
+    assert not torch.equal(first, logits_of(model(x)))
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), build(name)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_gives_no_nan_and_nearly_the_same(shared_model, dtype):
+    x = image(70, 93)
+    with torch.no_grad():
+        expected = shared_model(x)
+    with torch.autocast("cpu", dtype=dtype):
+        output = shared_model(x)
+        with torch.no_grad():
+            inference = shared_model(x)
+    for result in (output, inference):
+        assert result.dtype == (dtype if shared_model.num_classes else torch.float32)
+        assert result.isfinite().all()
+        assert_close(result.float(), expected, 0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_runs_in_other_precisions(model, dtype):
+    x = image()
+    with torch.no_grad():
+        expected = model(x)
+        result = model.to(dtype)(x.to(dtype))
+    assert result.dtype == dtype
+    assert_close(result.float(), expected, 0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+# -- surgery ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [7, 0])
+def test_reset_classifier(model, classes):
+    model.reset_classifier(classes)
+    assert model.num_classes == classes
+    x = image()
+    with torch.no_grad():
+        output = model(x)
+        pre = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert output.shape == (2, classes or model.head_hidden_size)
+    if not classes:
+        assert torch.equal(output, pre)
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        assert isinstance(head, nn.Linear if classes else nn.Identity)
+
+
+def test_without_pooling_the_head_passes_what_features_are(model):
+    model.reset_classifier(0, "")
+    x = image()
+    with torch.no_grad():
+        assert model(x).shape == model.forward_features(x).shape
+
+
+def test_no_classes_from_the_start(name):
+    model = build(name, num_classes=0)
+    with torch.no_grad():
+        assert model(image()).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_numbers_of_image_channels(name, channels):
+    model = build(name, in_chans=channels)
+    with torch.no_grad():
+        assert model(image(channels=channels)).isfinite().all()
+
+
+def test_set_input_size_changes_nothing_that_is_learned_but_positions(model):
+    x = image(96, 160)
+    before = {key: value.shape for key, value in model.state_dict().items()}
+    model.set_input_size((96, 160))
+    changed = [key for key, value in model.state_dict().items() if value.shape != before[key]]
+    assert all("pos_embed" in key for key in changed)
+    assert model.cfg.img_size == (96, 160)
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+        other = model(image(64, 64))
+    assert other.isfinite().all()
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_weights_give_the_same_bits(name, shared_model, tmp_path):
+    x = image()
+    save_file(shared_model.state_dict(), tmp_path / "weights.safetensors")
+    torch.save({"model": shared_model.state_dict()}, tmp_path / "weights.pth")
+    with torch.no_grad():
+        expected = shared_model(x)
+        for file in ("weights.safetensors", "weights.pth"):
+            loaded = vitzoo.create_model(name, checkpoint_path=str(tmp_path / file)).eval()
+            assert torch.equal(loaded(x), expected)
+
+
+def test_weights_that_do_not_fit_are_refused_with_names(model, tmp_path):
+    state = model.state_dict()
+    lost = next(iter(state))
+    save_file({f"{key}.of_another" if key == lost else key: value for key, value in state.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=re.escape(lost)):
+        checkpoints.load(model, tmp_path / "w.safetensors")
+
+
+def test_nothing_but_parameters_is_stored(shared_model):
+    assert set(shared_model.state_dict()) == {key for key, _ in shared_model.named_parameters()}
+    assert not list(shared_model.buffers())
+
+
+def test_copies_and_pickles_give_the_same_bits(shared_model):
+    x = image()
+    with torch.no_grad():
+        expected = shared_model(x)
+        assert torch.equal(deepcopy(shared_model)(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(shared_model))(x), expected)
+
+
+def test_a_model_from_the_meta_device_runs_after_its_weights_are_loaded(name, shared_model):
+    with torch.device("meta"):
+        model = vitzoo.create_model(name)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    model.init_non_persistent_buffers()
+    model.load_state_dict(shared_model.state_dict(), strict=True)
+    x = image(70, 93)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), shared_model(x))
+
+
+# -- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def test_group_matcher_covers_each_parameter_once(shared_model):
+    matcher = shared_model.group_matcher()
+    blocks = matcher["blocks"]
+    patterns = [matcher["stem"], *(p[0] for p in blocks)] if isinstance(blocks, list) else [matcher["stem"], blocks]
+    hits = {name: [p for p in patterns if re.match(p, name)] for name, _ in shared_model.named_parameters()}
+    assert {name: found for name, found in hits.items() if not found} == {}
+    stem = {name: found for name, found in hits.items() if matcher["stem"] in found}
+    assert stem
+    assert all(len(found) == 1 for found in stem.values())
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layers_are_numbered_without_gaps(shared_model, coarse):
+    layers = group_parameters(shared_model, shared_model.group_matcher(coarse=coarse))
+    names = [name for group in layers.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in shared_model.named_parameters())
+    assert sorted(layers) == list(range(len(layers)))
+
+
+def test_layer_decay_reaches_every_parameter_and_spares_what_takes_no_weight_decay(shared_model):
+    groups = param_groups_layer_decay(shared_model, weight_decay=0.05, no_weight_decay_list=shared_model.no_weight_decay())
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = dict(shared_model.named_parameters())
+    assert set(decay) == {id(p) for p in named.values()}
+    spared = shared_model.no_weight_decay()
+    assert spared <= set(named)
+    assert {name for name in named if re.search(r"pos_embed|_token|rel_bias|logit_scale|cpb_mlp", name)} <= spared
+    assert all(decay[id(named[name])] == 0 for name in spared)
+    assert any(value > 0 for value in decay.values())
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_timm_creates_it_after_importing_vitzoo(name, shared_model):
+    registered = vitzoo.model_info(name).timm_name
+    model = timm.create_model(registered)
+    assert type(model) is type(shared_model)
+    assert model.pretrained_cfg["architecture"] == registered
+    modules = dict(model.named_modules())
+    assert isinstance(modules[model.pretrained_cfg["first_conv"]], nn.Conv2d)
+    heads = model.pretrained_cfg["classifier"]
+    kind = nn.Linear if model.num_classes else nn.Identity
+    assert all(isinstance(modules[head], kind) for head in ([heads] if isinstance(heads, str) else heads))
+
+
+def test_an_unknown_keyword_names_the_nearest(name):
+    with pytest.raises(TypeError, match=r"'drop_path_rates'.*'drop_path_rate'"):
+        vitzoo.create_model(name, drop_path_rates=0.1)
+
+
+def test_a_dilated_backbone_is_refused_in_a_sentence(name):
+    with pytest.raises(ValueError, match="output_stride"):
+        vitzoo.create_model(name, features_only=True, output_stride=16)

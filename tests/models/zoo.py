@@ -1,0 +1,48 @@
+"""Which models the contract is run on, and models whose every part takes part."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+import vitzoo
+
+# The smallest models that together hold every piece of every family. Costly checks take the micro ones.
+SMALL = {
+    "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+    "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
+    "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
+    "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
+}
+MICRO = ("nat_micro", "swin_micro", "swinv2_micro", "vit_micro")
+
+
+def chosen(patterns: list[str]) -> tuple[list[str], list[str]]:
+    """Names for the contract and for its costly part: the small ones, or all listed names that match."""
+    if not patterns:
+        return [name for names in SMALL.values() for name in names], list(MICRO)
+    names = [name for name in vitzoo.list_models() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    return names, names
+
+
+def build(name: str, **kwargs: object) -> nn.Module:
+    """A model in eval mode whose parameters are all off their initial value.
+
+    A layer scale of 1e-5, a norm of zero or a bias table of zeros would hide what stands behind it.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model = vitzoo.create_model(name, **kwargs)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model.eval()
+
+
+def image(height: int = 64, width: int = 80, batch: int = 2, channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def ceil_div(size: int, stride: int) -> int:
+    return -(-size // stride)

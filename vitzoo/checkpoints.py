@@ -29,6 +29,9 @@ def read(path: str | Path) -> dict[str, Any]:
     Args:
         path: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file.
 
+    Returns:
+        What the file holds: a state_dict, or a training checkpoint around one.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint, is damaged, or holds objects whose loading could run code.
@@ -62,6 +65,12 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state_dict inside a training checkpoint, without wrapping and without prefixes that all its keys share.
 
     An exponential moving average is preferred to the weights beside it, as published loaders do.
+
+    Args:
+        checkpoint: what ``read`` returned.
+
+    Returns:
+        Tensors by name.
 
     Raises:
         ValueError: no tensors are found.
@@ -117,8 +126,9 @@ def _resized(key: str, value: Tensor, own: Tensor | None, model: nn.Module) -> T
         prefix = getattr(model, "embedded_prefix", 0)
         side = round((value.shape[1] - prefix) ** 0.5)
         if side * side + prefix == value.shape[1]:
-            _log.info("%s: positions resized from %dx%d to %dx%d", key, side, side, *holder.grid_size)
-            like = value.new_empty(1, *holder.grid_size, 0)
+            height, width = holder.grid_size  # type: ignore[misc]  # a pair on every module with a pos_embed
+            _log.info("%s: positions resized from %dx%d to %dx%d", key, side, side, height, width)
+            like = value.new_empty(1, height, width, 0)
             grid = resize_positions(value[:, prefix:], like, (side, side), antialias=True).flatten(1, 2)
             return torch.cat([value[:, :prefix], grid], dim=1)
     return value
@@ -129,26 +139,30 @@ def load(model: Model, path: str | Path) -> Model:
 
     A classifier over another number of classes than the model's is left out, and logged; any other difference raises.
 
+    Args:
+        model: one of the zoo's.
+        path: a file that ``read`` can read, in any layout that ``convert`` knows.
+
+    Returns:
+        The same model.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read safely, or its entries are not the model's: the message names some of both.
     """
     state = convert(read(path), model)
     own = model.state_dict()
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    heads = {
-        f"{name}.{p}" for name, m in model.named_modules() if m is classifier for p, _ in m.named_parameters()
-    } if classifier is not None else set()
-    heads |= {key for key in state if key.split(".")[0] in ("head", "head_dist") and key not in own}
-    for key in sorted(heads):
-        if key in state and (key not in own or state[key].shape != own[key].shape):
+    heads = sorted(key for key in state if key.split(".")[0] in ("head", "head_dist"))
+    for key in heads:
+        if key not in own or state[key].shape != own[key].shape:
             wanted = tuple(own[key].shape) if key in own else "no classifier"
             _log.warning("%s: left out, the file has %s, the model %s", key, tuple(state[key].shape), wanted)
             state.pop(key)
             if key in own:
                 state[key] = own[key]
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    differ = [key for key in own if key in state and state[key].shape != own[key].shape]
+    shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in differ]
     if missing or unknown or shapes:
         parts = [
             f"{len(missing)} missing ({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''})" if missing else "",

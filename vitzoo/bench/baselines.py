@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import timm
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitzoo.layers import PatternAttention
-from vitzoo.models._registry import create_model, entry_of
+from vitzoo.models._registry import entry_of
 
 
 def unfolded_neighborhood(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel: int, dilation: int) -> Tensor:
@@ -54,8 +55,8 @@ def unfolded_neighborhood(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel:
 class _Unfolded(PatternAttention):
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
-        span = self.pattern.rows
-        return unfolded_neighborhood(q, k, v, self.rel_bias, span.size, span.step)
+        span = self.pattern.rows.resolve(x.shape[1])
+        return unfolded_neighborhood(q, k, v, self.rel_bias, span.size or 1, span.step or 1)
 
 
 def baseline_of(name: str, model: nn.Module, img_size: int) -> tuple[str, nn.Module]:
@@ -63,12 +64,20 @@ def baseline_of(name: str, model: nn.Module, img_size: int) -> tuple[str, nn.Mod
 
     timm's model where timm has it, otherwise the same model with its neighborhoods unfolded.
 
+    Args:
+        name: a listed name.
+        model: that model, whose weights the baseline takes.
+        img_size: pixels on a side that the baseline is built for.
+
+    Returns:
+        The baseline's name and the baseline.
+
     Raises:
         ValueError: there is neither.
     """
     entry = entry_of(name)
     if entry is not None and timm.is_model(entry.name) and entry.timm_name != entry.name:
-        kwargs = {"img_size": img_size} if img_size != 224 else {}
+        kwargs: dict[str, Any] = {"img_size": img_size} if img_size != 224 else {}
         theirs = timm.create_model(entry.name, **kwargs).eval()
         theirs.load_state_dict(_to_timm(model.state_dict(), theirs.state_dict()))
         return "timm", theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def _interleaved(ours: object, theirs: object, rounds: int) -> tuple[float, floa
 def measure(case: Case, rounds: int = 9, memory: bool = True) -> Result:
     """Check that both give the same output, then time them in turn.
 
+    Args:
+        case: what to measure.
+        rounds: how often each is run.
+        memory: measure peak memory too, in processes of their own.
+
+    Returns:
+        The measured row.
+
     Raises:
         RuntimeError: the outputs differ by more than 1e-3 of their size at the model's own image size: nothing is timed.
             At other sizes timm pads after rolling where we pad before, so outputs are not compared there.
@@ -119,8 +128,9 @@ def measure(case: Case, rounds: int = 9, memory: bool = True) -> Result:
     result = Result(case, baseline_name, error, forward_ms, forward_ratio)
     if case.forward_only:
         return result
-    model.train(), baseline.train()
-    train_step(model, x), train_step(baseline, x)
+    for m in (model, baseline):
+        m.train()
+        train_step(m, x)
     train_ms, train_ratio = _interleaved(lambda: train_step(model, x), lambda: train_step(baseline, x), rounds)
     ours, theirs = (peak_memory(case, which) for which in ("ours", "baseline")) if memory else (None, None)
     return Result(
@@ -152,7 +162,7 @@ def table(results: list[Result]) -> str:
     """A Markdown table of results."""
 
     def cell(value: float | None, form: str) -> str:
-        return "" if value is None or value != value else format(value, form)
+        return "" if value is None or math.isnan(value) else format(value, form)
 
     rows = [
         "| model | batch | size | baseline | error | forward ms | ratio | train ms | ratio | memory MiB | ratio |",

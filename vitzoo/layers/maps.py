@@ -17,7 +17,7 @@ def padded_size(n: int, multiple: int = 1, minimum: int = 1) -> int:
     """The smallest size that is at least ``n`` and ``minimum`` and, unless ``minimum`` decides, divides by ``multiple``."""
     if multiple > 1:
         n = (n + multiple - 1) // multiple * multiple
-    return torch.sym_max(n, minimum) if minimum > 1 else n
+    return torch.sym_max(n, minimum) if minimum > 1 else n  # type: ignore[return-value]  # a SymInt stands for an int
 
 
 def pad_map(x: Tensor, multiple: tuple[int, int] = (1, 1), minimum: tuple[int, int] = (1, 1)) -> Tensor:
@@ -61,7 +61,11 @@ def crop_map(x: Tensor, like: Tensor) -> Tensor:
 
 
 def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a relative position table ``[N, Ey, Ex]`` as a picture, bicubic, as Swin's published loader does.
+    """Resize a relative position table as a picture, bicubic, as Swin's published loader does.
+
+    Args:
+        table: ``[N, Ey, Ex]``.
+        size: new Ey and Ex.
 
     Returns:
         ``[N, *size]`` in the table's dtype; differentiable. The table itself where it already has that size.

@@ -31,6 +31,13 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def configure(cfg: Config, overrides: Mapping[str, Any]) -> Config:
     """A config with some fields replaced; lists (from YAML or JSON) become tuples.
 
+    Args:
+        cfg: a frozen dataclass.
+        overrides: new values by field.
+
+    Returns:
+        A config of the same class.
+
     Raises:
         TypeError: a name that the config does not have, with the nearest one that it has.
     """
@@ -78,15 +85,16 @@ class Backbone(nn.Module):
     in_chans: int
 
     def init_weights(self) -> None:
-        """Truncated normal 0.02 for every linear layer, zero biases; modules with an ``init_weights`` of their own follow it."""
+        """Truncated normal 0.02 for every linear layer, zero biases; then each module's own ``init_weights``."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+            own = getattr(module, "init_weights", None)
+            if module is not self and own is not None:
+                own()
 
     def init_non_persistent_buffers(self) -> None:
         """Nothing to do: no model of the zoo has buffers. Indices are rebuilt in forward, at no cost worth a cache."""
@@ -106,7 +114,7 @@ class Backbone(nn.Module):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         for module in self.modules():
             if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
+                module.grad_checkpointing = enable  # type: ignore[assignment]  # a plain bool on stages and Plain
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -128,6 +136,9 @@ class Backbone(nn.Module):
         Args:
             state: entries under their published names, without wrapping or prefixes.
             cfg: config of the model that they are for.
+
+        Returns:
+            The same values under our names.
         """
         del cfg
         return state

@@ -74,7 +74,7 @@ def register_family(
     family = module.rsplit(".", 1)[-1]
     owner = sys.modules[module]
     published = _manifest(family)
-    cfgs: dict[str, dict[str, Any]] = {}
+    cfgs: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, cfg in variants.items():
         names[name] = f"vz_{name}" if timm.is_model(name) else name
@@ -246,6 +246,9 @@ def list_models(
         exclude: wildcards of names to leave out.
         pretrained: list instead the names, with tags, that have published weights.
 
+    Returns:
+        Bare names, or names with tags.
+
     Raises:
         ValueError: a family that does not exist (with those that do).
     """
@@ -309,6 +312,9 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
     Args:
         name: a name of ``list_models()``.
         **overrides: fields of its config to change first (``num_classes=10``).
+
+    Returns:
+        What is known.
 
     Raises:
         ValueError: an unknown name (with the nearest known ones).

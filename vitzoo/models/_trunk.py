@@ -110,7 +110,7 @@ class Pyramid(Backbone):
         self.cfg = cfg = configure(cfg or self.Config(), overrides)
         self.num_classes, self.in_chans = cfg.num_classes, cfg.in_chans
         self.num_features = cfg.dims[-1]
-        rates = calculate_drop_path_rates(cfg.drop_path_rate, list(cfg.depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(cfg.drop_path_rate, list(cfg.depths), stagewise=True)
 
         self.stem = self.make_stem()
         self.stages = nn.Sequential(
@@ -352,15 +352,13 @@ class Plain(Backbone):
         positions = self.grid_size[0] * self.grid_size[1] + self.embedded_prefix
         self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=self.NORM_EPS) if cfg.pre_norm else nn.Identity()
-        rates = calculate_drop_path_rates(cfg.drop_path_rate, cfg.depth)
+        rates: Any = calculate_drop_path_rates(cfg.drop_path_rate, cfg.depth)
         self.blocks = nn.Sequential(*(self.make_block(i, rates[i]) for i in range(cfg.depth)))
         self.norm = nn.Identity() if after_pool else nn.LayerNorm(dim, eps=self.NORM_EPS)
         self.fc_norm = nn.LayerNorm(dim, eps=self.NORM_EPS) if after_pool else nn.Identity()
         self.head_drop = nn.Dropout(cfg.drop_rate)
         self.head = self.make_head(cfg.num_classes)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": cfg.patch_size, "module": f"blocks.{i}"} for i in range(cfg.depth)
-        ]
+        self.feature_info = [{"num_chs": dim, "reduction": cfg.patch_size, "module": f"blocks.{i}"} for i in range(cfg.depth)]
         self.init_weights()
 
     @property

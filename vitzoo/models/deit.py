@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitzoo.models._registry import register_family
 from vitzoo.models._trunk import Plain, PlainConfig
@@ -67,10 +67,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 VARIANTS = {
     **{f"deit_{size}_patch16_224": PlainConfig(**_SIZES[size]) for size in ("tiny", "small", "base")},
     "deit_base_patch16_384": PlainConfig(**_SIZES["base"], img_size=384),
-    **{
-        f"deit_{size}_distilled_patch16_224": PlainConfig(**_SIZES[size], distilled=True)
-        for size in ("tiny", "small", "base")
-    },
+    **{f"deit_{size}_distilled_patch16_224": PlainConfig(**_SIZES[size], distilled=True) for size in ("tiny", "small", "base")},
     "deit_base_distilled_patch16_384": PlainConfig(**_SIZES["base"], distilled=True, img_size=384),
     **{
         f"deit3_{size}_patch16_{img}": PlainConfig(**_SIZES[size], img_size=img, init_values=1e-6, no_embed_class=True)

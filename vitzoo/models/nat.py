@@ -155,9 +155,7 @@ _SMALL = NATConfig(
 _BASE = NATConfig(
     embed_dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8, 16, 32), mlp_ratio=2.0, drop_path_rate=0.5, layer_scale=1e-5
 )
-_LARGE = NATConfig(
-    embed_dim=192, depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2.0, drop_path_rate=0.35
-)
+_LARGE = NATConfig(embed_dim=192, depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2.0, drop_path_rate=0.35)
 
 
 def _with(cfg: NATConfig, **changes: Any) -> NATConfig:

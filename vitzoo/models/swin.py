@@ -104,9 +104,7 @@ class CosineAttention(PatternAttention):
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), 10.0).log())
 
     def make_bias(self, table_size: tuple[int, int]) -> None:
-        self.cpb_mlp = nn.Sequential(
-            nn.Linear(2, 512), nn.ReLU(inplace=True), nn.Linear(512, self.num_heads, bias=False)
-        )
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(inplace=True), nn.Linear(512, self.num_heads, bias=False))
 
     def bias(self, x: Tensor) -> Tensor:
         axes = []
@@ -192,10 +190,11 @@ class Swin(Pyramid):
         if window_size is not None:
             self.cfg = type(self.cfg)(**{**vars(self.cfg), "window_size": window_size})
         for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage.blocks):
+            for j, block in enumerate(stage.get_submodule("blocks").children()):
                 pattern, size = self.window_of(i, j)
-                if pattern != block.attn.pattern:
-                    block.attn.set_pattern(pattern, size, (1, 1))
+                attn: Any = block.get_submodule("attn")
+                if pattern != attn.pattern:
+                    attn.set_pattern(pattern, size, (1, 1))
 
     @classmethod
     def from_published(cls, state: dict[str, Tensor], cfg: Any) -> dict[str, Tensor]:
@@ -227,13 +226,11 @@ class Swin(Pyramid):
         return ours
 
 
-def _v1(embed_dim: int, depth: int, window_size: int = 7, img_size: int = 224, **kwargs: Any) -> SwinConfig:
+def _v1(embed_dim: int, depth: int, window_size: int | tuple[int, ...] = 7, img_size: int = 224, **kwargs: Any) -> SwinConfig:
     first = embed_dim // 32
     kwargs.setdefault("num_heads", tuple(first * 2**i for i in range(4)))
     kwargs.setdefault("drop_path_rate", {6: 0.2, 18: 0.3 if embed_dim == 96 else 0.5}[depth])
-    return SwinConfig(
-        embed_dim=embed_dim, depths=(2, 2, depth, 2), window_size=window_size, img_size=img_size, **kwargs
-    )
+    return SwinConfig(embed_dim=embed_dim, depths=(2, 2, depth, 2), window_size=window_size, img_size=img_size, **kwargs)
 
 
 def _v2(embed_dim: int, depth: int, window: int, img_size: int, pretrained: int = 0) -> SwinConfig:

@@ -55,7 +55,11 @@ RAGGED = tuple((p, size) for p in PATTERNS for size in ((13, 17), (7, 8))) + (
     (window(4, shift=2), (9, 14)),
     (neighborhood(3, dilation=3), (9, 14)),
 )
-CASES = [(p, size) for p, size in RAGGED if all(s.edge != "clamp" or n >= s.size * s.step for s, n in zip((p.rows, p.cols), size))]
+CASES = [
+    (p, size)
+    for p, size in RAGGED
+    if all(s.edge != "clamp" or n >= s.size * s.step for s, n in zip((p.rows, p.cols), size, strict=True))
+]
 
 
 def case_id(value: object) -> str:

@@ -241,6 +241,8 @@ def test_segments_hold_every_query_once_and_cut_nothing_it_sees(pattern, size):
     ],
 )
 def test_wrong_arguments_are_told_in_a_sentence(change, sentence):
-    arguments = dict(q=torch.zeros(1, 4, 5, 2, 8), k=torch.zeros(1, 4, 5, 2, 8), v=torch.zeros(1, 4, 5, 2, 8), pattern=window(3))
+    arguments = dict(
+        q=torch.zeros(1, 4, 5, 2, 8), k=torch.zeros(1, 4, 5, 2, 8), v=torch.zeros(1, 4, 5, 2, 8), pattern=window(3)
+    )
     with pytest.raises(ValueError, match=sentence):
         attend2d(**arguments | change)

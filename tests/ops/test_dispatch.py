@@ -73,7 +73,7 @@ def test_using_fixes_the_implementation_for_a_block(q, monkeypatch):
 
 
 def test_using_refuses_a_name_that_no_op_has():
-    with pytest.raises(ValueError, match="No op has an implementation 'cudnn'; there are .*reference, sdpa"):
+    with pytest.raises(ValueError, match=r"No op has an implementation 'cudnn'; there are .*reference, sdpa"):
         using("cudnn")
 
 

@@ -11,6 +11,7 @@ Letters: P, Q tiles along the rows and columns, T, S queries and E, F keys of a 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Axis(NamedTuple):
     offset: Tensor  # [P or 1, T, E] key position minus query position
     tile: Tensor  # [n] the tile in which a coordinate is a query
     place: Tensor  # [n] and its place there
+    whole: bool = False  # whether a tile is a whole residue class, and so of symbolic size
 
 
 def attend2d(
@@ -41,7 +43,7 @@ def attend2d(
     if pattern == everywhere:
         query, key, value = (x.reshape(B, H * W, N, D).transpose(1, 2) for x in (q, k, v))
     else:
-        query, key, value = gather(q, rows.query, cols.query), gather(k, rows.key, cols.key), gather(v, rows.key, cols.key)
+        query, key, value = gather(q, rows, cols, "query"), gather(k, rows, cols, "key"), gather(v, rows, cols, "key")
     lse = None
     if return_lse:
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -57,12 +59,22 @@ def attend2d(
     return gather_back(out, rows, cols, N), None if lse is None else gather_back(lse[..., None], rows, cols, N)[..., 0]
 
 
-def gather(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Tiles `[B, N * P * Q, T * S, D]` of x `[B, H, W, N, D]` at the coordinates rows `[P, T]` and cols `[Q, S]`."""
+def gather(x: Tensor, rows: Axis, cols: Axis, side: str) -> Tensor:
+    """Tiles `[B, N * P * Q, T * S, D]` of x `[B, H, W, N, D]`: those of its queries, or of its keys."""
     B, _, _, N, D = x.shape
-    (P, T), (Q, S) = rows.shape, cols.shape
-    tiles = x.permute(0, 3, 1, 2, 4)[:, :, rows[:, None, :, None], cols[None, :, None, :]]
-    return tiles.reshape(B, N * P * Q, T * S, D)
+    y, u = (rows.query, cols.query) if side == "query" else (rows.key, cols.key)
+    (P, T), (Q, S) = y.shape, u.shape
+    tiles = x.permute(0, 3, 1, 2, 4)[:, :, y[:, None, :, None], u[None, :, None, :]]
+    return merge(tiles, B, N * P * Q, T * S, D, symbolic=rows.whole or cols.whole)
+
+
+def merge(x: Tensor, *shape: int, symbolic: bool) -> Tensor:
+    """x in a shape with fewer dimensions.
+
+    Where a tile's sides are symbolic (an axis seen whole) it goes by way of one dimension: merging directly would compare
+    strides, which narrows the graph. Elsewhere directly: the long way doubles the time that an export takes.
+    """
+    return x.reshape(math.prod(shape)).view(shape) if symbolic else x.reshape(shape)
 
 
 def gather_back(tiles: Tensor, rows: Axis, cols: Axis, N: int) -> Tensor:
@@ -93,7 +105,7 @@ def score_bias(bias: Tensor | None, rows: Axis, cols: Axis, N: int, dtype: torch
             added = torch.where(seen, added, -torch.inf)
     if bias is None or rows.seen is None or cols.seen is None:  # merging expanded dimensions would ask about their sizes
         added = added.expand(N, P, Q, T, S, E, F_).clone(memory_format=torch.contiguous_format)
-    return added.reshape(1, N * P * Q, T * S, E * F_).to(dtype)
+    return merge(added, 1, N * P * Q, T * S, E * F_, symbolic=rows.whole or cols.whole).to(dtype)
 
 
 def axis(span: Span, n: int, device: torch.device) -> Axis:
@@ -119,12 +131,12 @@ def _whole(step: int, n: int, device: torch.device) -> Axis:
     coordinate = torch.arange(n, device=device)
     place = coordinate if step == 1 else torch.arange((n + step - 1) // step, device=device)
     if step == 1:
-        return Axis(place[None], place[None], None, _distance(place), torch.zeros_like(place), place)
+        return Axis(place[None], place[None], None, _distance(place), torch.zeros_like(place), place, whole=True)
     tiles = torch.arange(step, device=device)[:, None] + place * step
     inside = tiles < n
     seen = inside[:, None, :] | ~inside[:, :, None]
     tiles = tiles.clamp(max=n - 1)
-    return Axis(tiles, tiles, seen, _distance(place), coordinate % step, coordinate // step)
+    return Axis(tiles, tiles, seen, _distance(place), coordinate % step, coordinate // step, whole=True)
 
 
 def _tiles(span: Span, n: int, device: torch.device) -> Axis:

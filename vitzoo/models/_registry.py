@@ -322,7 +322,8 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
     entry = entry_of(name)
     if entry is None:
         raise ValueError(unknown_name(name) + " (model_info knows vitzoo's own models.)")
-    cfg = configure(entry.cfg, overrides)
+    default = timm.get_pretrained_cfg(entry.timm_name)  # whose classifier create_model builds, 21,841 classes or none
+    cfg = configure(entry.cfg, {"num_classes": default.num_classes, **overrides})
     with torch.device("meta"):
         model = entry.cls(cfg)
     rows = {n: row for n, row in _manifest(entry.family).items() if n.split(".")[0] == entry.name}

@@ -121,7 +121,8 @@ class CosineAttention(PatternAttention):
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         scale = self.logit_scale.clamp(max=4.605170185988092).exp().squeeze(-1)  # at most 100
-        return F.normalize(q, dim=-1) * scale.to(q.dtype), F.normalize(k, dim=-1), v
+        eps = max(1e-12, torch.finfo(q.dtype).tiny)  # 1e-12 is 0 in fp16, and the k of a padded token is 0: 0 / 0
+        return F.normalize(q, dim=-1, eps=eps) * scale.to(q.dtype), F.normalize(k, dim=-1, eps=eps), v
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)

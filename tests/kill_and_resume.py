@@ -23,12 +23,39 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-RUN = """
-fit --config configs/quickstart.yaml --trainer.limit_train_batches 9 --trainer.limit_val_batches 2
---trainer.accumulate_grad_batches 2 --trainer.accelerator cpu --data.batch_size 16 --data.auto_augment rand-m9-mstd0.5-inc1
---data.re_prob 0.25 --model.mixup 0.8 --model.cutmix 1.0 --model.drop_path 0.3 --model.ema 0.9 --model.warmup_epochs 1
---save_every 1 --ckpt_path last
-""".split()
+RUN = [
+    "fit",
+    "--config",
+    "configs/quickstart.yaml",
+    "--trainer.limit_train_batches",
+    "9",
+    "--trainer.limit_val_batches",
+    "2",
+    "--trainer.accumulate_grad_batches",
+    "2",
+    "--trainer.accelerator",
+    "cpu",
+    "--data.batch_size",
+    "16",
+    "--data.auto_augment",
+    "rand-m9-mstd0.5-inc1",
+    "--data.re_prob",
+    "0.25",
+    "--model.mixup",
+    "0.8",
+    "--model.cutmix",
+    "1.0",
+    "--model.drop_path",
+    "0.3",
+    "--model.ema",
+    "0.9",
+    "--model.warmup_epochs",
+    "1",
+    "--save_every",
+    "1",
+    "--ckpt_path",
+    "last",
+]
 
 
 def child(out: Path, log: Path, given: argparse.Namespace) -> int:
@@ -57,18 +84,34 @@ def child(out: Path, log: Path, given: argparse.Namespace) -> int:
         os._exit(status)
 
 
-def finish(pid: int, seconds: float | None) -> int | None:
-    """Wait for a child; after ``seconds`` kill its whole group. Returns its exit status, or None where it was killed."""
-    ends = None if seconds is None else time.monotonic() + seconds
+def finish(pid: int, watched: Path | None = None, updates: int = 0, then: float = 0.0) -> int | None:
+    """Wait for a child; kill its group ``then`` seconds after it has written ``watched`` ``updates`` times.
+
+    Returns its exit status, or None where it was killed.
+    """
+    written, last, moment = 0, stamp(watched), None
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if ends is not None and time.monotonic() > ends:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-        time.sleep(0.005)
+        if watched is not None:
+            last, before = stamp(watched), last
+            written += last != before
+            if moment is None and written >= updates:
+                moment = time.monotonic() + then
+            if moment is not None and time.monotonic() > moment:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return None
+        time.sleep(0.002)
+
+
+def stamp(path: Path | None) -> tuple[int, int] | None:
+    """What changes when a file is replaced."""
+    if path is None or not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def differences(a: dict, b: dict, path: str = "") -> list[str]:
@@ -80,7 +123,9 @@ def differences(a: dict, b: dict, path: str = "") -> list[str]:
         return [d for k in keys for d in (differences(a[k], b[k], f"{path}/{k}") if k in a and k in b else [f"{path}/{k}"])]
     if isinstance(a, (list, tuple)):
         same = len(a) == len(b)
-        return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{path}/{i}")] if same else [path]
+        return (
+            [d for i, pair in enumerate(zip(a, b, strict=False)) for d in differences(*pair, f"{path}/{i}")] if same else [path]
+        )
     return [] if a == b else [path]
 
 
@@ -95,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--longest", type=float, default=3.0, help="seconds until the latest kill of an attempt")
+    parser.add_argument("--longest", type=float, default=0.3, help="seconds at most between a checkpoint and the kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--workers", type=int, default=0)
@@ -107,13 +152,16 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     calm, rough = given.folder / "calm", given.folder / "rough"
     began = time.monotonic()
-    assert finish(child(calm, given.folder / "calm.log", given), None) == 0, (given.folder / "calm.log").read_text()
+    assert finish(child(calm, given.folder / "calm.log", given)) == 0, (given.folder / "calm.log").read_text()
 
     draw, kills, attempts = random.Random(given.seed), 0, 0
     while True:
         attempts += 1
-        moment = draw.uniform(0.5, given.longest) if kills < given.kills else None
-        status = finish(child(rough, given.folder / "rough.log", given), moment)
+        pid = child(rough, given.folder / "rough.log", given)
+        if kills < given.kills:
+            status = finish(pid, rough / "last.ckpt", draw.randrange(4), draw.uniform(0, given.longest))
+        else:
+            status = finish(pid)
         if status is None:
             kills += 1
             continue

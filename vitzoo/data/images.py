@@ -38,6 +38,9 @@ def read_image(path: str | Path, *, exif: bool = True) -> Image.Image:
         path: The file.
         exif: Turn the picture as its EXIF orientation says. Published ImageNet figures are measured without.
 
+    Returns:
+        A picture of mode "RGB".
+
     Raises:
         UserError: The file is not a whole picture, or larger than Pillow's limit of 179 million pixels; names it.
     """
@@ -192,13 +195,17 @@ class FolderImages(Images):
                 raise
         if seed is None:
             return self.transform(Image.new("RGB", (256, 256))), -1 - self.labels[index]
-        draw = random.Random(seed)
+        draw = random.Random(seed)  # noqa: S311
         for _ in range(100):
             try:
                 return super().__getitem__((draw.randrange(len(self)), seed))
             except UserError:
                 continue
         raise UserError(f"of 101 pictures drawn from the training set not one could be read; the last {self.paths[index]}.")
+
+    def forget(self) -> None:
+        """Count from zero."""
+        self._broken.zero_()
 
     def broken(self) -> list[str]:
         """Paths met so far that could not be read, in this process or in the loader's workers."""

@@ -85,9 +85,8 @@ class ImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if root == "digits":
-            self.classes, self.splits = list(DigitImages.classes), {}
-        else:
+        self.classes, self.splits = list(DigitImages.classes), dict[str, Split]()
+        if root != "digits":
             self.classes, self.splits = find_splits(root, val_fraction)
         self.num_classes = len(self.classes)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -130,15 +129,14 @@ class ImageData(LightningDataModule):
         given = {key: hp[key] for key in ("interpolation", "crop_pct", "mean", "std") if hp[key] is not None}
         if hp.img_size is not None:
             given["input_size"] = (3, hp.img_size, hp.img_size)
-        return resolve_data_config(given, model=getattr(module, "model", None))
+        model = getattr(module, "model", None)
+        return resolve_data_config(given if given or model is not None else {"input_size": (3, 224, 224)}, model=model)
 
     def _make(self, split: str, transform: Any) -> Images:
         if not self.splits:
             return DigitImages(split, transform)
         samples: Split = self.splits[split]
-        return FolderImages(
-            samples, self.classes, transform, skip_corrupt=self.hparams.skip_corrupt, exif=self.hparams.exif
-        )
+        return FolderImages(samples, self.classes, transform, skip_corrupt=self.hparams.skip_corrupt, exif=self.hparams.exif)
 
     @property
     def world(self) -> tuple[int, int]:
@@ -161,9 +159,7 @@ class ImageData(LightningDataModule):
                 f"The checkpoint was written in epochs of {self._saved_batches} steps, and now there are "
                 f"{self.epoch_batches()}: go on with the same data and data.batch_size."
             )
-        batches = StepBatches(
-            len(self.sets["train"]), hp.batch_size, hp.seed, rank=rank, world=world, position=self.position
-        )
+        batches = StepBatches(len(self.sets["train"]), hp.batch_size, hp.seed, rank=rank, world=world, position=self.position)
         return DataLoader(self.sets["train"], batch_sampler=batches, **self._loading())
 
     def epoch_batches(self) -> int:
@@ -213,9 +209,9 @@ class ImageData(LightningDataModule):
     def teardown(self, stage: str | None = None) -> None:
         """Say how many files could not be read."""
         for split, images in self.sets.items():
-            broken = images.broken() if isinstance(images, FolderImages) and images.skip_corrupt else []
-            if broken:
+            if isinstance(images, FolderImages) and images.skip_corrupt and (broken := images.broken()):
                 outcome = {"train": "replaced by others", "predict": "left without a class"}.get(split, "counted as wrong")
                 names = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-                warnings.warn(f"{len(broken)} of {len(images)} {split} pictures could not be read and were {outcome}: {names}")
-                images._broken.zero_()
+                text = f"{len(broken)} of {len(images)} {split} pictures could not be read and were {outcome}: {names}"
+                warnings.warn(text, stacklevel=2)
+                images.forget()

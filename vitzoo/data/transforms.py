@@ -50,9 +50,7 @@ def train_transform(config: dict[str, Any], *, affine: bool = False, **augmentat
     keep_one_bit(timm_pipeline)
     if not affine:
         return timm_pipeline
-    turn = RandomAffine(
-        12, translate=(0.15, 0.15), scale=(0.85, 1.15), shear=8, interpolation=InterpolationMode.BILINEAR
-    )
+    turn = RandomAffine(12, translate=(0.15, 0.15), scale=(0.85, 1.15), shear=8, interpolation=InterpolationMode.BILINEAR)
     return Compose([turn, *timm_pipeline.transforms])
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import vitzoo
 from vitzoo.data.batches import mix, reseed
 from vitzoo.data.errors import UserError
+from vitzoo.tasks.losses import build_loss, build_mixup
 from vitzoo.tasks.optim import build_optimizer, build_schedule, scaled, updates_per_epoch
 
 __all__ = ["Classification"]
@@ -90,7 +90,7 @@ class Classification(LightningModule):
         mixup_switch_prob: float = 0.5,
         mixup_mode: str = "batch",
         ema: float | None = None,
-        compile: bool = False,
+        compile: bool = False,  # noqa: A002 (the key of the config)
         channels_last: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -99,24 +99,14 @@ class Classification(LightningModule):
         extra = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         self.model = _create(name, pretrained, num_classes, extra)
         if grad_checkpointing:
-            self.model.set_grad_checkpointing(True)
+            cast(Any, self.model).set_grad_checkpointing(True)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compile:
             self.model.compile()
-        self.mixup = None
-        if mixup > 0 or cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mixup_prob,
-                switch_prob=mixup_switch_prob,
-                mode=mixup_mode,
-                label_smoothing=smoothing,
-                num_classes=num_classes,
-            )
-        self.loss = _loss(loss, smoothing, self.mixup is not None)
-        tops = {"top1": MulticlassAccuracy(num_classes, top_k=1, average="micro")}
+        self.mixup = build_mixup(mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode, smoothing, num_classes)
+        self.loss = build_loss(loss, smoothing, mixed=self.mixup is not None)
+        tops: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, top_k=1, average="micro")}
         if num_classes >= 5:
             tops["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.accuracy = MetricCollection(tops)
@@ -236,6 +226,13 @@ class Classification(LightningModule):
         epochs = trainer.max_epochs
         if epochs is None or epochs < 0:
             raise UserError("The schedule ends with the run: give --trainer.max_epochs.")
+        if trainer.fast_dev_run:
+            epochs = math.ceil(hp.warmup_epochs + hp.cooldown_epochs) + 1
+        if hp.cooldown_epochs >= epochs:
+            raise UserError(
+                f"model.cooldown_epochs {hp.cooldown_epochs:g} are part of trainer.max_epochs {epochs} and leave nothing "
+                "before them: fewer, such as --model.cooldown_epochs 0."
+            )
         schedule = build_schedule(
             optimizer,
             hp.schedule,
@@ -290,13 +287,3 @@ def _create(name: str, pretrained: bool, num_classes: int, kwargs: dict[str, Any
         given = f" with {kwargs}" if kwargs else ""
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise UserError(f"model.name {name!r}{given}: {text}") from error
-
-
-def _loss(kind: str, smoothing: float, mixed: bool) -> nn.Module:
-    if kind == "bce":
-        return BinaryCrossEntropy(smoothing=0.0 if mixed else smoothing)
-    if kind != "ce":
-        raise UserError(f"model.loss is {kind!r} and must be 'ce' or 'bce'.")
-    if mixed:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()

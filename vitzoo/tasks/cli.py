@@ -20,7 +20,7 @@ from vitzoo.tasks.checkpointing import AtomicCheckpointIO, Checkpoints
 from vitzoo.tasks.classification import Classification
 from vitzoo.tasks.history import History
 from vitzoo.tasks.predictions import Predictions
-from vitzoo.tasks.progress import Bar, Lines
+from vitzoo.tasks.progress import Bar, Lines, say
 from vitzoo.tasks.report import draw
 
 __all__ = ["Command", "quiet"]
@@ -74,7 +74,7 @@ class _SaveConfig(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         again = self.config.clone()
         again.ckpt_path = None
-        self.parser.save(again, path, skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(again, path, overwrite=True, multifile=False)
 
 
 class Command(LightningCLI):
@@ -123,7 +123,7 @@ class Command(LightningCLI):
             if given == "best":
                 raise UserError("Training goes on from the last checkpoint: --ckpt_path last.")
             if given == "last" and not path.exists():
-                print(f"{path} is not there yet: a new run begins.")
+                say(f"{path} is not there yet: a new run begins.")
                 path = None
         elif given is None:
             path = out / "best.ckpt"
@@ -173,14 +173,14 @@ class Command(LightningCLI):
         if not self.goes_on and not self.trainer.fast_dev_run and any((out / name).exists() for name in traces):
             number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
             out.rename(out.with_name(f"{out.name}.{number}"))
-            print(f"{out} held an earlier run: moved to {out}.{number} (--ckpt_path last would have gone on with it)")
+            say(f"{out} held an earlier run: moved to {out}.{number} (--ckpt_path last would have gone on with it)")
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         data, hp = self.datamodule.hparams, self.model.hparams
         update = data.batch_size * self.trainer.accumulate_grad_batches
         rate = f"{hp.lr:g}"
         if hp.lr_batch is not None:
             rate = f"{hp.lr * update / hp.lr_batch:g} = {hp.lr:g} x {update} / {hp.lr_batch}"
-        print(
+        say(
             f"{hp.name}, {millions:.2f} M parameters, {self.datamodule.num_classes} classes from {data.root}; "
             f"{update} pictures an update, learning rate {rate}; into {out}/"
         )
@@ -202,10 +202,11 @@ class Command(LightningCLI):
         count = int(confusion.sum())
         title = f"{self.model.hparams.name}: top-1 {top1:.4f} on {count} held-out pictures"
         draw(self.history.rows, confusion, self.datamodule.classes, title, out / "result.png")
-        last = self.history.rows[-1]["val_top1"] if self.history.rows else None
-        best = self.checkpoints.best_epoch
-        of = f" (best, epoch {best + 1} of {trainer.max_epochs}; last epoch {last:.4f})" if None not in (best, last) else ""
-        print(f"top-1 {top1:.4f} on {count} held-out pictures{of}; weights {weights}; curves {out / 'result.png'}")
+        of = ""
+        if self.history.rows and (best := self.checkpoints.best_epoch) is not None:
+            last = self.history.rows[-1]["val_top1"]
+            of = f" (best, epoch {best + 1} of {trainer.max_epochs}; last epoch {last:.4f})"
+        say(f"top-1 {top1:.4f} on {count} held-out pictures{of}; weights {weights}; curves {out / 'result.png'}")
 
     def _published_head_fits(self) -> None:
         """Published weights know their own classes: refuse to measure a new, untrained head."""
@@ -241,7 +242,7 @@ class Command(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the predictions lie."""
-        print(f"{len(self.predictions.rows)} pictures; class and probability in {self.predictions.path}")
+        say(f"{len(self.predictions.rows)} pictures; class and probability in {self.predictions.path}")
 
     def _figures(self, stage: str) -> None:
         if self.trainer.is_global_zero:
@@ -249,4 +250,4 @@ class Command(LightningCLI):
             names = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
             text = ", ".join(f"{names[key]} {found[key]:.4f}" for key in names if key in found)
             weights = self.config_init[self.subcommand].ckpt_path or "published weights"
-            print(f"{text} on {int(self.model.confusion.compute().sum())} pictures ({stage}); weights {weights}")
+            say(f"{text} on {int(self.model.confusion.compute().sum())} pictures ({stage}); weights {weights}")

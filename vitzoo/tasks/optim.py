@@ -62,6 +62,9 @@ def build_schedule(
         warmup_prefix: The decay begins after the warm-up; else its curve is cut by it (timm's default).
         decay_epochs: Between the steps of "step".
         decay_rate: Of "step", and the power of "poly".
+
+    Returns:
+        timm's schedule, already at its first value.
     """
     warmup = round(warmup_epochs * per_epoch)
     total = round((epochs - cooldown_epochs) * per_epoch)

@@ -8,10 +8,17 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn, TextColumn
+from lightning.pytorch.utilities import rank_zero_only
 
 from vitzoo.tasks.history import History
 
-__all__ = ["Bar", "Lines", "clock"]
+__all__ = ["Bar", "Lines", "clock", "say"]
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, at once and from the first process only."""
+    print(text, flush=True)  # noqa: T201 (the command line speaks)
 
 
 def clock(seconds: float) -> str:
@@ -41,7 +48,8 @@ class Bar(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=4)
-        self._pace, self._shown, self._at, self._batches = _Pace(), {}, 0.0, 0
+        self._pace, self._at, self._batches = _Pace(), 0.0, 0
+        self._shown: dict[str, Any] = {}
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Description, bar and batches; the figures follow."""
@@ -89,12 +97,11 @@ class Lines(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's row; :class:`History` comes before this in the list of callbacks."""
-        if not trainer.is_global_zero or not self._history.rows:
+        if not self._history.rows:
             return
         row = self._history.rows[-1]
         top1 = f"  top-1 {row['val_top1']:.4f}" if row["val_top1"] is not None else ""
-        print(
+        say(
             f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  loss {row['train_loss']:.3f}{top1}  "
-            f"{row['images_per_second']:.0f} img/s  {clock(self._pace.left(trainer))} left",
-            flush=True,
+            f"{row['images_per_second']:.0f} img/s  {clock(self._pace.left(trainer))} left"
         )

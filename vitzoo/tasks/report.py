@@ -79,8 +79,6 @@ def draw(rows: list[dict[str, Any]], confusion: np.ndarray, classes: list[str], 
     if count <= 20:
         for true, predicted in zip(*confusion.nonzero(), strict=True):
             shade = "white" if share[true, predicted] > 0.5 else INK
-            matrix.text(
-                predicted, true, int(confusion[true, predicted]), ha="center", va="center", size=8, color=shade
-            )
+            matrix.text(predicted, true, int(confusion[true, predicted]), ha="center", va="center", size=8, color=shade)
     figure.colorbar(drawn, ax=matrix, shrink=0.85, format=PercentFormatter(1.0, decimals=0))
     figure.savefig(path)

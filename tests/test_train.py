@@ -1,0 +1,206 @@
+"""The command line, end to end: what it trains, says and refuses, and that a killed run ends with the same bits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+QUICK = ["--config", "configs/quickstart.yaml", "--trainer.accelerator", "cpu"]
+SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4", "--data.batch_size", "16", "--save_every", "1"]
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Run train.py in this process; returns what it printed, or the message with which it exited."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def run(*arguments):
+        import train as script
+
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            script.main()
+        except SystemExit as stop:
+            return str(stop.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three classes of noisy colours, six training and two held-out pictures each."""
+    draw = np.random.RandomState(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.randint(0, 100, (48, 40, 3), dtype=np.uint8)
+                pixels[..., 2 - channel] += 120
+                Image.fromarray(pixels).save(tmp_path / "pictures" / split / name / f"{i}.jpg")
+    return tmp_path / "pictures"
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_everything_in_its_folder_and_ends_with_one_line(train, tmp_path):
+    out = tmp_path / "run"
+    said = train("fit", *QUICK, *SHORT, "--out", out)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("top-1 0.")
+    assert "on 360 held-out pictures" in last
+    for name in ("best.ckpt", "result.png"):
+        assert str(out / name) in last
+    assert {p.name for p in out.iterdir()} == {
+        "best.ckpt",
+        "config.yaml",
+        "last.ckpt",
+        "metrics.csv",
+        "result.png",
+        "tensorboard",
+    }
+    assert [row["epoch"] for row in rows(out)] == ["0", "1"]
+    assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 8
+
+    top1 = float(last.split()[1])
+    assert float(train("validate", *QUICK, "--out", out).split()[1].rstrip(",")) == top1
+    assert float(train("test", "--config", out / "config.yaml").split()[1].rstrip(",")) == top1
+
+    again = train("fit", *QUICK, *SHORT, "--out", out, "--ckpt_path", "last")  # finished: nothing to do but to say so
+    assert again.strip().splitlines()[-1].split()[1] == last.split()[1]
+    assert len(rows(out)) == 2
+
+    longer = train("fit", *QUICK, *SHORT, "--out", out, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    assert "epoch 3/3" in longer
+    assert [row["step"] for row in rows(out)] == ["4", "8", "12"]
+
+    said = train("fit", "--config", out / "config.yaml", "--trainer.fast_dev_run", "true")  # the saved config runs again
+    assert out.exists()
+    said = train("fit", *QUICK, *SHORT, "--out", out, "--trainer.max_epochs", 1)
+    assert "moved to" in said
+    assert (tmp_path / "run.1" / "last.ckpt").exists()  # an earlier run is never overwritten
+    assert len(rows(out)) == 1
+
+
+def test_own_pictures_train_and_predict(train, pictures, tmp_path):
+    (pictures / "train" / "blue" / "broken.jpg").write_bytes(b"no picture")
+    use = [
+        "--config",
+        "configs/finetune/folder.yaml",
+        "--data.root",
+        pictures,
+        "--model.name",
+        "nat_micro",
+        "--out",
+        tmp_path / "run",
+    ]
+    use += ["--model.pretrained", "false", "--data.num_workers", 0, "--trainer.accelerator", "cpu", "--data.batch_size", 6]
+    said = train("fit", *use, "--trainer.max_epochs", 1)
+    assert "broken.jpg" in said
+    assert "class 'blue'" in said
+    with pytest.warns(UserWarning, match="1 of 19 train pictures could not be read"):
+        assert "on 6 held-out pictures" in train("fit", *use, "--trainer.max_epochs", 1, "--data.skip_corrupt", "true")
+    (pictures / "val" / "odd.png").write_bytes(b"")
+    said = train("predict", *use, "--data.predict", pictures / "val", "--data.skip_corrupt", "true")
+    assert "7 pictures" in said
+    with open(tmp_path / "run" / "predictions.csv") as file:
+        found = list(csv.DictReader(file))
+    assert {row["class"] for row in found} <= {"blue", "green", "red", ""}
+    assert [row["path"].rsplit("/", 1)[-1] for row in found if not row["class"]] == ["odd.png"]
+    (pictures / "train" / "red").rename(pictures / "train" / "rot")
+    (pictures / "val" / "red").rename(pictures / "val" / "rot")
+    assert "'red'" in train("validate", *use)  # the checkpoint's classes are others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.nmae", "x"], ["no key 'model.nmae'", "'model.name'"]),
+        (["--data.batchsize", "3"], ["no key 'data.batchsize'", "'data.batch_size'"]),
+        (["--model.name", "nat_mikro"], ["nat_mikro", "nat_micro"]),
+        (["--model.kwargs.kernel", "3"], ["kernel", "kernel_size"]),
+        (["--data.root", "/nowhere"], ["/nowhere", "no directory", "digits"]),
+        (["--data.batch_size", "5000"], ["5000", "1437"]),
+        (["--data.batch_size", "15", "--model.mixup", "0.8"], ["15", "odd", "--data.batch_size 16"]),
+        (["--model.cooldown_epochs", "25"], ["cooldown_epochs 25", "max_epochs 25"]),
+        (["--ckpt_path", "gone.ckpt"], ["gone.ckpt", "does not exist"]),
+        (["--ckpt_path", "best"], ["--ckpt_path last"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(train, tmp_path, arguments, words):
+    said = train("fit", *QUICK, "--out", tmp_path / "run", *arguments)
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    for word in words:
+        assert word in said
+
+
+def test_a_wrong_key_in_a_file_is_named_with_the_nearest(train, tmp_path):
+    text = (ROOT / "configs/quickstart.yaml").read_text().replace("weight_decay:", "wieght_decay:")
+    (tmp_path / "wrong.yaml").write_text(text)
+    said = train("fit", "--config", tmp_path / "wrong.yaml", "--out", tmp_path / "run")
+    assert said == "error: there is no key 'model.wieght_decay'. The nearest is 'model.weight_decay'."
+
+
+def test_evaluation_without_weights_says_where_they_would_be(train, tmp_path):
+    said = train("validate", *QUICK, "--out", tmp_path / "none")
+    assert "none/best.ckpt does not exist" in said
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[str(path.relative_to(ROOT / "configs").with_suffix("")) for path in CONFIGS])
+def test_every_config_runs_a_step(train, pictures, tmp_path, config):
+    text = config.read_text()
+    assert text.startswith("# ")
+    assert "command" in text
+    settings = yaml.safe_load(text)
+    stand_in = [] if settings["data"].get("root") == "digits" else ["--data.root", pictures, "--data.img_size", 32]
+    said = train(
+        "fit", "--config", config, *stand_in, "--model.pretrained", "false", "--data.batch_size", 2, "--data.num_workers", 0,
+        "--trainer.max_epochs", 25, "--trainer.fast_dev_run", 1, "--trainer.precision", "32-true",
+        "--trainer.accelerator", "cpu", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "pictures an update, learning rate" in said
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_the_papers_rate_is_scaled_as_the_config_says(train, pictures, tmp_path):
+    from vitzoo.tasks.optim import scaled
+
+    swin = yaml.safe_load((ROOT / "configs/imagenet/swin_tiny.yaml").read_text())
+    batch = swin["data"]["batch_size"]
+    assert [scaled(swin["model"][key], batch, swin["model"]["lr_batch"]) for key in ("lr", "warmup_lr", "min_lr")] == [
+        1e-3, 1e-6, 1e-5
+    ]  # fmt: skip
+
+
+def test_train_py_is_short():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 60
+
+
+def test_a_killed_run_ends_with_the_same_bits_and_rows(tmp_path):
+    command = [sys.executable, "tests/kill_and_resume.py", str(tmp_path), "--kills", "5"]
+    ran = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert found["kills"] == 5
+    assert found["differences"] == []
+    assert found["rows_equal"]
+    assert (found["updates"], found["rows"]) == (20, 4)

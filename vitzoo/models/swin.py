@@ -30,7 +30,7 @@ from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import Pattern, window
 
-for _name in ("attend2d", "resize_positions"):
+for _name in ("attend2d", "resize_positions", "unit_length"):
     torch.fx.wrap(_name)
 
 
@@ -88,6 +88,14 @@ class SwinStem(PatchEmbed):
         return x if self.pos_embed is None else x + resize_positions(self.pos_embed, x, self.grid_size)
 
 
+def unit_length(x: Tensor) -> Tensor:
+    """``x`` ``[..., D]`` over its norm; a vector of zeros (the k of a padded token) stays one.
+
+    The published epsilon is 1e-12, which is 0 in fp16.
+    """
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
 class CosineAttention(PatternAttention):
     """V2's window attention: ``softmax(cos(q, k) * exp(min(s, log 100)) + bias) v``, section 3 of its paper.
 
@@ -121,8 +129,7 @@ class CosineAttention(PatternAttention):
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         scale = self.logit_scale.clamp(max=4.605170185988092).exp().squeeze(-1)  # at most 100
-        eps = max(1e-12, torch.finfo(q.dtype).tiny)  # 1e-12 is 0 in fp16, and the k of a padded token is 0: 0 / 0
-        return F.normalize(q, dim=-1, eps=eps) * scale.to(q.dtype), F.normalize(k, dim=-1, eps=eps), v
+        return unit_length(q) * scale.to(q.dtype), unit_length(k), v
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)

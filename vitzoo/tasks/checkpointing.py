@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from vitzoo.tasks.progress import say
+
 __all__ = ["AtomicCheckpointIO", "Checkpoints"]
 
 
@@ -92,6 +94,13 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the finished run's ``last.ckpt``."""
         self._save(trainer, "last.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell someone who pressed Ctrl-C how to go on; nothing is saved in the middle of a step."""
+        if isinstance(exception, KeyboardInterrupt):
+            last = self.folder / "last.ckpt"
+            kept = f"--ckpt_path last goes on from {last}" if last.exists() else "no last.ckpt was written yet"
+            say(f"\nstopped after {trainer.global_step} updates; {kept}")
 
     def _save(self, trainer: Trainer, name: str) -> None:
         if trainer.fast_dev_run:

@@ -195,10 +195,12 @@ class Command(LightningCLI):
         kept = (History, Checkpoints, WeightAveraging)
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, kept)]
         self.validate(model=self.model, datamodule=self.datamodule, ckpt_path=weights and str(weights))
-        if not trainer.is_global_zero or "val/top1" not in trainer.callback_metrics:
+        if "val/top1" not in trainer.callback_metrics:
+            return
+        confusion = self.model.confusion.compute().cpu().numpy()  # every process takes part
+        if not trainer.is_global_zero:
             return
         top1 = float(trainer.callback_metrics["val/top1"])
-        confusion = self.model.confusion.compute().cpu().numpy()
         count = int(confusion.sum())
         title = f"{self.model.hparams.name}: top-1 {top1:.4f} on {count} held-out pictures"
         draw(self.history.rows, confusion, self.datamodule.classes, title, out / "result.png")
@@ -245,9 +247,9 @@ class Command(LightningCLI):
         say(f"{len(self.predictions.rows)} pictures; class and probability in {self.predictions.path}")
 
     def _figures(self, stage: str) -> None:
-        if self.trainer.is_global_zero:
-            found = {key.removeprefix(f"{stage}/"): float(v) for key, v in self.trainer.callback_metrics.items()}
-            names = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
-            text = ", ".join(f"{names[key]} {found[key]:.4f}" for key in names if key in found)
-            weights = self.config_init[self.subcommand].ckpt_path or "published weights"
-            say(f"{text} on {int(self.model.confusion.compute().sum())} pictures ({stage}); weights {weights}")
+        found = {key.removeprefix(f"{stage}/"): float(value) for key, value in self.trainer.callback_metrics.items()}
+        names = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
+        text = ", ".join(f"{names[key]} {found[key]:.4f}" for key in names if key in found)
+        weights = self.config_init[self.subcommand].ckpt_path or "published weights"
+        count = int(self.model.confusion.compute().sum())  # every process takes part
+        say(f"{text} on {count} pictures ({stage}); weights {weights}")

@@ -73,7 +73,7 @@ class History(Callback):
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "lr": _peak_lr(trainer),
-            "train_loss": float(self._sum) / max(1, self._count),
+            "train_loss": float(trainer.strategy.reduce(torch.as_tensor(self._sum) / max(1, self._count), reduce_op="mean")),
             "val_loss": figures.get("val/loss"),
             "val_top1": figures.get("val/top1"),
             "val_top5": figures.get("val/top5"),

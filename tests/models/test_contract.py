@@ -99,6 +99,22 @@ def test_intermediates_are_the_same_however_they_are_asked_for(shared_model):
     assert [torch.equal(a, b) for a, b in zip(early, every[:2], strict=True)] == [True, True]
 
 
+def test_channels_last_intermediates_are_not_written_by_later_blocks(shared_model):
+    x = image()
+    tokens = "NHWC" if hasattr(shared_model, "output_fmt") else "NLC"  # as in timm, only maps have a format
+    with torch.inference_mode():
+        maps = shared_model.forward_intermediates(x, intermediates_only=True)
+        views = shared_model.forward_intermediates(x, intermediates_only=True, output_fmt=tokens)
+    for m, view in zip(maps, views, strict=True):
+        assert torch.equal(view.reshape(2, -1, m.shape[1]), m.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "NCWH"])
+def test_an_unknown_layout_is_refused(shared_model, layout):
+    with pytest.raises(ValueError, match=rf"'NCHW'.*'{layout}'"):
+        shared_model.forward_intermediates(image(), output_fmt=layout)
+
+
 def test_pruned_layers_leave_the_features_as_they_were(model):
     x = image()
     with torch.no_grad():
@@ -216,8 +232,7 @@ def test_the_dense_layout_norms_every_map_and_trains_every_norm(pyramid):
         assert_close(variance, torch.ones_like(variance), 1e-2)
     sum(m.square().sum() for m in maps).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    layers = group_parameters(model, model.group_matcher())
-    assert sum(map(len, layers.values())) == len(list(model.parameters()))
+    assert_each_parameter_is_grouped_once(model)
     backbone = vitzoo.create_model(pyramid, features_only=True, feature_norm=True)
     assert len(backbone(image())) == len(maps)
 
@@ -360,15 +375,19 @@ def test_a_model_from_the_meta_device_runs_after_its_weights_are_loaded(name, sh
 # -- optimisers -------------------------------------------------------------------------------------------------------
 
 
-def test_group_matcher_covers_each_parameter_once(shared_model):
-    matcher = shared_model.group_matcher()
+def assert_each_parameter_is_grouped_once(model: nn.Module) -> None:
+    matcher = model.group_matcher()
     blocks = matcher["blocks"]
     patterns = [matcher["stem"], *(p[0] for p in blocks)] if isinstance(blocks, list) else [matcher["stem"], blocks]
-    hits = {name: [p for p in patterns if re.match(p, name)] for name, _ in shared_model.named_parameters()}
+    hits = {name: [p for p in patterns if re.match(p, name)] for name, _ in model.named_parameters()}
     assert {name: found for name, found in hits.items() if not found} == {}
     stem = {name: found for name, found in hits.items() if matcher["stem"] in found}
     assert stem
     assert all(len(found) == 1 for found in stem.values())
+
+
+def test_group_matcher_covers_each_parameter_once(shared_model):
+    assert_each_parameter_is_grouped_once(shared_model)
 
 
 @pytest.mark.parametrize("coarse", [False, True])

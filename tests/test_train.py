@@ -86,6 +86,8 @@ def test_a_run_leaves_everything_in_its_folder_and_ends_with_one_line(train, tmp
     assert again.strip().splitlines()[-1].split()[1] == last.split()[1]
     assert len(rows(out)) == 2
 
+    assert "from a last.ckpt" in train("fit", *QUICK, *SHORT, "--out", out, "--ckpt_path", out / "best.ckpt")
+
     longer = train("fit", *QUICK, *SHORT, "--out", out, "--ckpt_path", "last", "--trainer.max_epochs", 3)
     assert "epoch 3/3" in longer
     assert [row["step"] for row in rows(out)] == ["4", "8", "12"]

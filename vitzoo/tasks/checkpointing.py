@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from vitzoo.data.errors import UserError
 from vitzoo.tasks.progress import say
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints"]
@@ -46,7 +47,8 @@ class Checkpoints(Checkpoint):
     ``last.ckpt`` is written only where a run can go on bit for bit: never while a gradient is half accumulated (it would
     be lost) and never on an epoch's last batch (Lightning's counters then restart in two ways, and a second resume read
     wrong batches). What comes between an epoch's last-but-one batch and the next epoch's first is done again after a
-    crash, the validation too.
+    crash, the validation too. A run whose epochs are a single update is therefore saved at its end only. ``best.ckpt``
+    is written at an epoch's end, where a run does not go on exactly (tried: other weights), so training refuses it.
 
     Args:
         folder: Where.
@@ -61,6 +63,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self.best_epoch: int | None = None
         self._saved_update, self._saved_at = 0, time.monotonic()
+        self._writing, self._loaded = "", ""
 
     @property
     def best_model_path(self) -> str:
@@ -68,7 +71,12 @@ class Checkpoints(Checkpoint):
         return str(self.folder / "best.ckpt") if self.best is not None else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count updates from here."""
+        """Count updates from here; UserError where a ``best.ckpt`` was loaded."""
+        if self._loaded == "best.ckpt":
+            raise UserError(
+                "This checkpoint was written after a validation, to be evaluated; training goes on to the same bits only "
+                "from a last.ckpt: --ckpt_path last, or the last.ckpt beside it."
+            )
         self._saved_update, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
@@ -107,14 +115,15 @@ class Checkpoints(Checkpoint):
             return
         if name == "last.ckpt":
             self._saved_update, self._saved_at = trainer.global_step, time.monotonic()
+        self._writing = name
         trainer.save_checkpoint(self.folder / name)
         for logger in trainer.loggers:
             logger.save()  # what was logged before the checkpoint will not be logged again
 
     def state_dict(self) -> dict[str, Any]:
-        """Figure and epoch (from 0) of the best checkpoint."""
-        return {"best": self.best, "best_epoch": self.best_epoch}
+        """Figure and epoch (from 0) of the best checkpoint, and which of the two this one is."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "name": self._writing}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best before."""
-        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self.best, self.best_epoch, self._loaded = state_dict["best"], state_dict["best_epoch"], state_dict["name"]

@@ -37,6 +37,7 @@ class History(Callback):
         self._count = 0
         self._before, self._clock = 0.0, time.perf_counter()  # seconds of this epoch in an earlier process; its start
         self._seen, self._since = 0, time.perf_counter()  # batches of this epoch in this process
+        self._trained = self._since
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the clock; on a resumed run, void what TensorBoard holds from here on."""

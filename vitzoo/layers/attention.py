@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitzoo.layers.linear import Linear
 from vitzoo.layers.maps import crop_map, global_table, pad_map, resize_table
 from vitzoo.ops import attend, attend2d
 from vitzoo.patterns import Pattern, everywhere
@@ -61,9 +62,9 @@ class PatternAttention(nn.Module):
         self.pattern = pattern
         self.pad_multiple = pad_multiple
         self.pad_minimum = pad_minimum
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.make_bias(table_size or table_shape(pattern))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def make_bias(self, table_size: tuple[int, int]) -> None:
@@ -124,10 +125,10 @@ class TokenAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = check_heads(dim, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
+
+from vitzoo.layers.linear import Mlp
 
 CHUNK_TOKENS = 3200
 """Tokens that the in-place path takes through the MLP at once. On a CPU an allocation above 32 MiB is mapped and
@@ -69,7 +71,10 @@ class Block(nn.Module):
         return type(self.mlp.act) is nn.GELU and not any(m._forward_hooks or m._forward_pre_hooks for m in bypassed)
 
     def _forward_in_place(self, x: Tensor) -> Tensor:
-        """The same numbers to the last bit, with the residual, the GELU and the MLP's hidden map in reused memory.
+        """The same numbers, with the residual, the GELU and the MLP's hidden map in reused memory.
+
+        To the last bit, too, unless the batch is so large that the MLP takes it in pieces: products of fewer rows may sum
+        in another order.
 
         The mixer's output belongs to this block, so it becomes the residual stream; ``x`` is never written.
         """
@@ -79,6 +84,6 @@ class Block(nn.Module):
         for part in y.split(max(1, CHUNK_TOKENS // tokens)):
             hidden = self.mlp.fc1(part if self.post_norm else self.norm2(part))
             torch.ops.aten.gelu_(hidden, approximate=self.mlp.act.approximate)
-            out = self.mlp.fc2(self.mlp.norm(hidden))
+            out = self.mlp.fc2(hidden)
             part.add_(self.ls2(self.norm2(out) if self.post_norm else out))
         return y

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitzoo.layers.linear import Linear
 from vitzoo.layers.maps import pad_image, pad_map
 
 for _name in ("pad_image", "pad_map"):
@@ -81,7 +82,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int, post_norm: bool = False) -> None:
         super().__init__()
         self.post_norm = post_norm
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.reduction = Linear(4 * dim, out_dim, bias=False)
         self.norm = nn.LayerNorm(out_dim if post_norm else 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitzoo.layers import Block, PatchEmbed, PatchMerging, PatternAttention, resize_positions
+from vitzoo.layers import Block, Linear, PatchEmbed, PatchMerging, PatternAttention, linear, resize_positions
 from vitzoo.models._contract import pair
 from vitzoo.models._registry import register_family
 from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import Pattern, window
 
-for _name in ("attend2d", "resize_positions", "unit_length"):
+for _name in ("attend2d", "linear", "resize_positions", "unit_length"):
     torch.fx.wrap(_name)
 
 
@@ -106,7 +106,7 @@ class CosineAttention(PatternAttention):
     def __init__(self, dim: int, num_heads: int, pattern: Pattern, *, reference: tuple[int, int], **kwargs: Any) -> None:
         super().__init__(dim, num_heads, pattern, **kwargs)
         self.reference = reference
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), 10.0).log())
@@ -126,7 +126,7 @@ class CosineAttention(PatternAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         scale = self.logit_scale.clamp(max=4.605170185988092).exp().squeeze(-1)  # at most 100
         return unit_length(q) * scale.to(q.dtype), unit_length(k), v

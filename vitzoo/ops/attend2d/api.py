@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import autocast, check_tensors, default_scale
-from vitzoo.ops.attend2d import reference, sdpa
+from vitzoo.ops.attend2d import reference, sdpa, triton
 from vitzoo.patterns import Pattern
 
 
@@ -96,6 +96,9 @@ OP = Op(
     prepare,
     (
         Implementation("sdpa", sdpa.supports, sdpa.run),
+        # behind sdpa, which takes every call, so it runs where it is asked for by name: its kernels have been checked in
+        # Triton's interpreter and by compiling them, and not yet on a GPU
+        Implementation("triton", triton.supports, triton.run),
         Implementation("reference", reference.supports, reference.run),
     ),
 )

@@ -1,0 +1,88 @@
+"""Kernels compiled ahead of time, as their launches would: no GPU is needed for registers, spills and shared memory.
+
+`recorded` runs `launch` on meta tensors with the launches themselves replaced; `compile_launch` does for one of them what
+Triton's just-in-time path does: types, values worth a specialisation, alignment, then `triton.compile`, cached on disk.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import torch
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+from vitzoo.ops.attend2d.triton import choose, launch
+from vitzoo.patterns import Pattern
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+class Launch(NamedTuple):
+    kernel: triton.JITFunction
+    arguments: dict[str, object]
+    options: dict[str, int]
+
+
+class Usage(NamedTuple):
+    """Per thread: registers and bytes of stack (where spills go); per block: bytes of shared memory, warps."""
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+
+
+def recorded(monkeypatch, arch: int, pattern: Pattern, size, N: int, D: int, dtype=torch.bfloat16, bias=True) -> list[Launch]:
+    """The launches of one forward and backward at batch 256, on a GPU of capability `arch`."""
+    launches = []
+
+    def record(kernel, *positional, grid, warmup, **named):
+        arguments = dict(zip(kernel.arg_names, positional, strict=False))
+        arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
+        launches.append(Launch(kernel, arguments, {n: value for n, value in named.items() if n not in kernel.arg_names}))
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    monkeypatch.setattr(choose, "architecture", lambda tensor: arch)
+    q, k, v = torch.empty(256, *size, 3, N, D, dtype=dtype, device="meta").unbind(3)
+    reach_y, reach_x = pattern.reach(*size)
+    table = torch.empty(N, 2 * reach_y + 1, 2 * reach_x + 1, device="meta") if bias else None
+    out, lse = launch.forward(q, k, v, pattern, table, 0.1)
+    launch.backward(torch.empty_like(out), None, q, k, v, pattern, table, 0.1, out, lse)
+    monkeypatch.undo()
+    return launches
+
+
+def compile_launch(one: Launch, arch: int) -> Usage:
+    kernel, target = one.kernel, GPUTarget("cuda", arch, 32)
+    backend = type(make_backend(target))
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, one.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        else:
+            kind, key = native_specialize_impl(
+                backend, value, False, not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+            )
+            signature[name] = kind
+            if kind == "constexpr":
+                constants[name] = value
+            elif key == "D":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=one.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        listing = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", listing))
+    return Usage(int(found["REG"]), int(found["STACK"]), binary.metadata.shared, binary.metadata.num_warps)

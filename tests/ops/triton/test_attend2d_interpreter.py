@@ -1,0 +1,56 @@
+"""The Triton kernels against fp64, without a GPU: forward, lse and every gradient, at the borders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.triton.interpreted import CASES
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """A function from the name of a case to its errors: one process answers for all tests of this module."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "tests.ops.triton.interpreted"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    ) as process:
+
+        def ask(name: str) -> dict[str, float]:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline() or '{"raised": "the process ended"}')
+            assert "raised" not in answer, answer["raised"]
+            return answer
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_give_the_oracles_values_and_gradients(interpreter, name):
+    case, errors = CASES[name], interpreter(name)
+    assert set(errors) == {"out", "lse", "dq", "dk", "dv"} | ({"dbias"} if case.bias else set())
+    wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
+    assert not wrong, f"{name}: largest errors {errors}"
+
+
+def test_jit_functions_answer_as_span_does(interpreter):
+    assert interpreter("spans") == {"start": 0, "first": 0, "end": 0}

@@ -1,0 +1,80 @@
+"""Every kernel at its real tiles for three generations of GPUs, compiled here: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from vitzoo.patterns import halo, neighborhood, window
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
+]
+
+STACK = 64  # bytes a thread may spill
+SHARED = 99 << 10  # bytes a block may have on sm_86 and sm_89, the smallest of the generations that run these binaries
+
+# name: pattern, map, heads, head dimension, dtype, bias, bytes a thread may spill
+CASES = {
+    "window 7": (window(7, shift=3), (56, 56), 3, 32, torch.bfloat16, True, STACK),
+    "neighborhood 7": (neighborhood(7), (56, 56), 3, 32, torch.bfloat16, True, STACK),
+    "neighborhood 7, d 24, no bias": (neighborhood(7), (56, 56), 3, 24, torch.float16, False, 16),
+    "window 12": (window(12), (48, 48), 4, 32, torch.bfloat16, True, 2 * STACK),
+    "halo 8+3, d 64, no bias": (halo(8, 3), (56, 56), 4, 64, torch.bfloat16, False, STACK),
+    "neighborhood 13, d 256": (neighborhood(13), (28, 28), 2, 256, torch.bfloat16, True, STACK),
+    # three products for each: fp32 spills in the table's gradient, and still stays on tensor cores
+    "neighborhood 7, fp32": (neighborhood(7), (56, 56), 3, 32, torch.float32, True, 512),
+}
+
+
+ONCE = ("neighborhood 13, d 256", "neighborhood 7, fp32")  # as good as alike on all generations, and slow to compile
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, arch) for name in CASES for arch in (80, 90, 100) if arch == 80 or name not in ONCE]
+)
+def test_kernels_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
+    from tests.ops.triton.compiled import compile_launch, recorded
+
+    pattern, size, heads, dim, dtype, bias, stack = CASES[name]
+    too_much = []
+    for one in recorded(monkeypatch, arch, pattern, size, heads, dim, dtype, bias):
+        kernel = one.kernel.__name__
+        if kernel in ("widen_table", "sum_partials") and name != "neighborhood 7":
+            continue  # the same everywhere
+        usage = compile_launch(one, arch)
+        print(f"sm_{arch} {name:30s} {kernel:20s} {usage}")
+        if usage.stack > stack or usage.shared > SHARED:
+            too_much.append((kernel, usage))
+    assert not too_much, f"more than {stack} bytes of stack or {SHARED} of shared memory"
+
+
+def test_a_new_resolution_or_dilation_compiles_nothing(monkeypatch):
+    """Integers of the map are plain arguments: neither their value nor whether 16 divides it makes another kernel."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    from tests.ops.triton.compiled import recorded
+
+    def keys(pattern, size):
+        backend, result = type(make_backend(GPUTarget("cuda", 90, 32))), []
+        for kernel, arguments, options in recorded(monkeypatch, 90, pattern, size, 3, 32):
+            key = [kernel.__name__, sorted(options.items())]
+            for p in kernel.params:
+                value = arguments[p.name]
+                if p.is_constexpr:
+                    key.append((p.name, value))
+                elif isinstance(value, int | float):
+                    flags = not p.do_not_specialize, not p.do_not_specialize_on_alignment
+                    key.append((p.name, native_specialize_impl(backend, value, False, *flags)))
+            result.append(key)
+        return result
+
+    large = keys(neighborhood(7, dilation=2), (64, 48))
+    assert keys(neighborhood(7, dilation=3), (67, 51)) == large
+    assert keys(window(7, shift=3), (56, 56)) == keys(window(7, shift=2), (64, 80))

@@ -1,0 +1,222 @@
+"""Which schedule runs a call, and with which tiles.
+
+The choice looks at shapes and the GPU's generation, never at how many multiprocessors it has: a call gives the same bits on
+every card of a generation. Tiles come from rules; `TUNED` holds what measurements know better. Everything here is integers,
+cached by `Problem`, so that a call pays for its launches and not for its plans.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops.attend2d.triton import _spans
+from vitzoo.patterns import Pattern, Span
+
+TABLE_SIDE = 64  # a larger table's gradient is summed in blocks of this side, a pass over the pairs for each
+
+
+class Tiles(NamedTuple):
+    """A schedule's configuration: query tile, key tile, warps, stages of the software pipeline."""
+
+    QY: int
+    QX: int
+    KY: int
+    KX: int
+    warps: int
+    stages: int
+
+
+# (schedule, pass, size_y, size_x, BLOCK_D, arch, dtype) -> Tiles, where a measurement beats the rule. None was made yet on a
+# GPU; an entry belongs here only with the benchmark's table in the commit.
+TUNED: dict[tuple, Tiles] = {}
+
+
+def power(n: int) -> int:
+    """The power of two not below `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class Problem(NamedTuple):
+    """A call on concrete sizes, with what every launch of it needs."""
+
+    B: int
+    H: int
+    W: int
+    N: int
+    D: int
+    rows: Span
+    cols: Span
+    reach: tuple[int, int]
+    dtype: torch.dtype
+    arch: int
+
+    @property
+    def block_d(self) -> int:
+        return max(16, power(self.D))
+
+    @property
+    def bits(self) -> int:
+        return torch.finfo(self.dtype).bits
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Positions in the longest residue class of each axis."""
+        return -(-self.H // self.rows.step), -(-self.W // self.cols.step)
+
+
+def problem(q: Tensor, pattern: Pattern) -> Problem:
+    return _problem(tuple(q.shape), pattern, q.dtype, architecture(q))
+
+
+@functools.lru_cache(1024)
+def _problem(shape: tuple[int, ...], pattern: Pattern, dtype: torch.dtype, arch: int) -> Problem:
+    B, H, W, N, D = shape
+    spans = pattern.resolve(H, W)
+    return Problem(B, H, W, N, D, spans.rows, spans.cols, pattern.reach(H, W), dtype, arch)
+
+
+def architecture(tensor: Tensor) -> int:
+    """80, 90, 100, ... for a CUDA tensor; 0 in the interpreter."""
+    return torch.cuda.get_device_capability(tensor.device)[0] * 10 if tensor.is_cuda else 0
+
+
+@functools.lru_cache(1024)
+def geometry(p: Problem) -> dict[str, int]:
+    """What all kernels are told about the map and the pattern, by parameter name."""
+    values = {"heads": p.N, "H": p.H, "W": p.W, "D": p.D, "BLOCK_D": p.block_d}
+    for axis, span in (("y", p.rows), ("x", p.cols)):
+        values |= {f"{name}_{axis}": getattr(span, name) for name in ("size", "step", "stride", "shift")}
+    return values
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------------
+
+
+def partitions(p: Problem) -> bool:
+    """Whether schedule A runs the forward: both axes split into runs, a run fits one tile of 64."""
+    if p.rows.edge == "clamp" or p.cols.edge == "clamp":
+        return False
+    if p.rows.size != p.rows.stride or p.cols.size != p.cols.stride:
+        return False
+    return power(p.rows.size) * power(p.cols.size) <= 64 and p.block_d <= (256 if p.bits == 16 else 32)
+
+
+def partitions_backward(p: Problem) -> bool:
+    """Schedule A in the backward: fp32, or more than 64 channels (32 before sm_90), does not fit the registers."""
+    if p.arch == 0:
+        return partitions(p)  # the interpreter has no registers, and checks the kernel at every precision
+    return partitions(p) and p.bits == 16 and p.block_d <= (64 if p.arch >= 90 else 32)
+
+
+@functools.lru_cache(1024)
+def partition_tiles(p: Problem, backward: bool) -> Tiles:
+    """One run a tile, its sides rounded up to powers of two; at least 16 tokens, which products need."""
+    name = "backward" if backward else "forward"
+    tuned = TUNED.get(("partition", name, p.rows.size, p.cols.size, p.block_d, p.arch, p.dtype))
+    if tuned:
+        return tuned
+    y, x = power(p.rows.size), power(p.cols.size)
+    x = max(x, 16 // y)
+    warps = max(1, y * x // 16)  # more would do the same work twice; on sm_100 see walk_tiles
+    if p.arch >= 100 and not backward and p.block_d <= 64:
+        warps = min(warps, 2)
+    stages = 2 if p.block_d * p.bits <= 1024 else 1
+    return Tiles(y, x, y, x, warps, stages)
+
+
+@functools.lru_cache(1024)
+def walk_tiles(p: Problem, name: str) -> Tiles:
+    """Query tile (of walk_dkv: key tile) and the partner tile it steps through.
+
+    Small tiles waste least where runs move with every query (neighborhoods); where many queries share a run, 64 of them do.
+    """
+    tuned = TUNED.get(("walk", name, p.rows.size, p.cols.size, p.block_d, p.arch, p.dtype))
+    if tuned:
+        return tuned
+    sides, moving = [], []
+    for span, length, small in zip((p.rows, p.cols), p.lengths, (4, 8), strict=True):
+        shared = span.stride > 4 or span.stride == span.size
+        moving.append(not shared)
+        sides.append(min(power(span.stride) if shared else small, power(length)))
+    folds = name == "dq_dbias"  # sums pairs by offset with a one-hot matrix of own_x * other_x rows
+    small = any(moving) or p.bits == 32 or p.block_d >= (64 if folds else 128)
+    # from sm_100 on a product of 64 rows goes to tcgen05, which doubles the work per thread; 32 rows stay with mma.sync
+    area = 32 if small or p.arch >= 100 else 64
+    long = p.bits == 32 and p.block_d >= 128  # rows of half a kilobyte and more, three products each
+    area = 16 if long else area
+    own_x = min(sides[1], 16)
+    own_y = min(sides[0], area // own_x)
+    own_x = max(min(sides[1], 16 if folds else area, area // own_y), 16 // own_y)
+    width_y, width_x = (power(_spans.seen_width(span, n, own)) for span, n, own in ((p.rows, p.H, own_y), (p.cols, p.W, own_x)))
+    other_x = min(width_x, 256 // own_x if folds else 32, 16 if long else 32)
+    # two rows of partners where they are wide, unless that fills the shared memory (99 KB on sm_86 and sm_89)
+    other_area = area if area < 64 and (other_x <= 16 or p.block_d > 128) else 64
+    other_y = max(1, min(width_y, other_area // other_x))
+    other_x = max(other_x, 16 // other_y)
+    warps = max(1, own_y * own_x // 16) * max(1, p.block_d // 64) * (p.bits // 16)
+    warps = min(warps, 8)
+    stages = 2 if p.block_d * p.bits <= 4096 else 1
+    own, other = (own_y, own_x), (other_y, other_x)
+    return Tiles(*other, *own, warps, stages) if name == "dkv" else Tiles(*own, *other, warps, stages)
+
+
+# ---- the arguments -----------------------------------------------------------------------------------------------------
+
+
+def grid_of(p: Problem, *plans: _spans.Plan) -> tuple[int, dict[str, int]]:
+    """How many tiles a head has, and the plans of both axes as kernel arguments."""
+    values = {}
+    for axis, plan in zip("yx", plans, strict=True):
+        values |= {f"origin_{axis}": plan.origin, f"period_{axis}": plan.period, f"per_{axis}": plan.per}
+        values[f"tiles_{axis}"] = plan.count
+    return p.B * p.rows.step * p.cols.step * plans[0].count * plans[1].count, values
+
+
+@functools.lru_cache(1024)
+def query_grid(p: Problem, tiles: Tiles) -> tuple[int, dict[str, int]]:
+    """Tiles of one head and the remaining arguments of a walk whose programs own queries."""
+    count, values = grid_of(p, _spans.plan_queries(p.rows, p.H, tiles.QY), _spans.plan_queries(p.cols, p.W, tiles.QX))
+    return count, values | walk_constants(p, tiles)
+
+
+@functools.lru_cache(1024)
+def key_grid(p: Problem, tiles: Tiles) -> tuple[int, dict[str, int]]:
+    """As `query_grid`, where programs own keys."""
+    count, values = grid_of(p, _spans.plan_keys(p.rows, p.H, tiles.KY), _spans.plan_keys(p.cols, p.W, tiles.KX))
+    return count, values | walk_constants(p, tiles)
+
+
+def walk_constants(p: Problem, tiles: Tiles) -> dict[str, int]:
+    clamp = {"CLAMP_Y": int(p.rows.edge == "clamp"), "CLAMP_X": int(p.cols.edge == "clamp")}
+    sides = dict(zip(("QY", "QX", "KY", "KX"), tiles, strict=False))
+    return clamp | sides | {"num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+@functools.lru_cache(1024)
+def partition_grid(p: Problem, tiles: Tiles) -> tuple[int, dict[str, int]]:
+    """As `query_grid`, with one run to a tile also where two would fit: places in a tile are then places in its run."""
+    count, values = grid_of(
+        p,
+        _spans.plan_queries(p.rows, p.H, min(tiles.QY, p.rows.stride)),
+        _spans.plan_queries(p.cols, p.W, min(tiles.QX, p.cols.stride)),
+    )
+    values = {name: value for name, value in values.items() if not name.startswith("per_")}
+    values |= {"reach_y": p.reach[0], "reach_x": p.reach[1], "TY": tiles.QY, "TX": tiles.QX, "STAGES": tiles.stages}
+    return count, values | {"num_warps": tiles.warps}
+
+
+def table_blocks(p: Problem) -> tuple[int, int, list[tuple[int, int]]]:
+    """(EY, EX, first entries) of the blocks in which the bias gradient is summed."""
+    full = [2 * reach + 1 for reach in p.reach]
+    side = [min(power(n), TABLE_SIDE) for n in full]
+    side[1] = max(side[1], 16)
+    return *side, [(y, x) for y in range(0, full[0], side[0]) for x in range(0, full[1], side[1])]
+
+
+def partition_run(tiles: int) -> int:
+    """Tiles a program takes one after another: enough to pay for its bias tile, few enough for 2,000 programs."""
+    return max(1, min(32, tiles // 2048))

@@ -200,8 +200,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         features = {k: kwargs.pop(k) for k in ("out_indices", "feature_cls") if k in kwargs}
         state = checkpoints.load(timm.create_model(full, **{**kwargs, "num_classes": 0}), path).state_dict()
         model = timm.create_model(full, features_only=True, **features, **kwargs)
-        wanted = model.model.state_dict()  # type: ignore[union-attr]  # the getter keeps the backbone in .model
-        model.model.load_state_dict({k: state[k] for k in wanted})  # type: ignore[union-attr]
+        wanted = model.model.state_dict()  # the getter keeps the backbone in .model
+        model.model.load_state_dict({k: state[k] for k in wanted})
         return model
     return checkpoints.load(timm.create_model(full, **kwargs), path)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def safe_logsumexp(scores: Tensor) -> Tensor:
     """logsumexp over the last dimension: -inf, with a zero gradient, where there is no key or every key is masked."""
-    if isinstance(scores.shape[-1], int) and scores.shape[-1] == 0:
+    if isinstance(scores.shape[-1], int) and scores.shape[-1] == 0:  # type: ignore[redundant-expr]  # or a SymInt
         return scores.sum(-1) - torch.inf
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     return torch.logsumexp(scores.masked_fill(empty, 0.0), -1).masked_fill(empty.squeeze(-1), -torch.inf)

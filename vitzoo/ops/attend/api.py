@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
@@ -23,6 +23,30 @@ class AttendCall(NamedTuple):
     return_lse: bool
 
 
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attend(
     q: Tensor,
     k: Tensor,
@@ -40,7 +64,8 @@ def attend(
 
     Args:
         q: `[B, L, N, D]` (batch, queries, heads, head dim); any strides with D contiguous.
-        k, v: `[B, S, N, D]` (S keys) in the dtype of q. Under autocast all three are cast to its dtype.
+        k: `[B, S, N, D]` (S keys) in the dtype of q. Under autocast all three are cast to its dtype.
+        v: values, likewise.
         bias: anything that broadcasts to `[B, N, L, S]`, of any floating dtype.
         key_bias: `[B, S]`, added for all heads and queries: the logarithm of a merged token's size, or -inf to
             mask a key.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
@@ -24,6 +24,30 @@ class Attend2dCall(NamedTuple):
     return_lse: bool
 
 
+@overload
+def attend2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def attend2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attend2d(
     q: Tensor,
     k: Tensor,
@@ -40,9 +64,10 @@ def attend2d(
         out[y, x] = sum over seen (v, u) of softmax(scale q[y, x] . k[v, u] + bias[v - y, u - x]) v[v, u]
 
     Args:
-        q, k, v: `[B, H, W, N, D]` (batch, height, width, heads, head dim) of one floating dtype; any strides with D
-            contiguous, so the three views of a packed projection `[B, H, W, 3, N, D]` need no copy. Under autocast they are
-            cast to its dtype.
+        q: queries `[B, H, W, N, D]` (batch, height, width, heads, head dim); any strides with D contiguous, so the three
+            views of a packed projection `[B, H, W, 3, N, D]` need no copy. Under autocast q, k and v are cast to its dtype.
+        k: keys, in the shape and the floating dtype of q.
+        v: values, likewise.
         pattern: who sees whom (`vitzoo.patterns`).
         bias: relative position table `[N, 2 * reach_y + 1, 2 * reach_x + 1]` of any floating dtype. Its entry
             (reach_y + dy, reach_x + dx) is added where the key lies (dy, dx) positions from the query: key minus query,

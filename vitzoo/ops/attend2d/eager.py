@@ -9,6 +9,8 @@ Letters: G tiles of a region over the whole batch, L queries and E keys of a til
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +51,8 @@ def _fused_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern
         else:
             tiles = (tokens(q, region, "query"), tokens(k, region, "key"), tokens(v, region, "key"))
         mask = score_bias(bias, region, q)
-        part = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in tiles), attn_mask=mask, scale=scale)
+        query, key, value = (t.transpose(1, 2) for t in tiles)
+        part = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         target = view(out, region, "query")
         target.copy_(part.transpose(1, 2).view(target.shape))
     return out
@@ -117,9 +120,13 @@ class _Attend2d(torch.autograd.Function):
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients from the kept softmax P: dS = P (dP - rowsum(dP P) + dlse), then one product each."""
     bias, *kept = ctx.saved_tensors
-    q, k, v = (None, None, None) if ctx.tiles_kept else (kept.pop(0) for _ in range(3))
+    maps: Any = (None, None, None) if ctx.tiles_kept else [kept.pop(0) for _ in range(3)]
+    q, k, v = maps
+    if dout is not None:
+        shape = dout.shape
+    elif dlse is not None:  # one of the two is there, or nobody would ask
+        shape = dlse.shape + kept[-1].shape[-1:] if ctx.tiles_kept else q.shape
     dlse = None if dlse is None else dlse[..., None]
-    shape = dlse.shape[:-1] + kept[1].shape[-1:] if dout is None and ctx.tiles_kept else (q if dout is None else dout).shape
     dq, dk, dv = (kept[0].new_empty(shape) for _ in range(3))
     dbias = None
     if ctx.needs_input_grad[3]:
@@ -237,15 +244,14 @@ def score_bias(bias: Tensor | None, region: Region, q: Tensor) -> Tensor | None:
     masked = rows.masked or cols.masked
     if bias is None and not masked:
         return None
-    added = None
+    added = q.new_zeros((1, 1, 1, 1, 1))
     if bias is not None:
         dy, dx = (offsets(s, size, q.device) for s, size in zip(region, bias.shape[1:], strict=True))
         added = bias.to(q.dtype)[:, dy[:, None, :, None], dx[None, :, None, :]]
     if masked:
         sees_y, sees_x = (sees(s, q.device) for s in region)
         seen = sees_y[:, None, :, None] & sees_x[None, :, None, :]
-        zero = q.new_zeros((1, 1, 1, 1, 1)) if added is None else added
-        added = torch.where(seen, zero, -torch.inf)
+        added = torch.where(seen, added, -torch.inf)
     return added.reshape(1, -1, rows.tile * cols.tile, rows.extent * cols.extent)
 
 

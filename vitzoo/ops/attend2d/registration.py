@@ -55,7 +55,8 @@ def _backward(dout, dlse, q, k, v, bias, out, lse, pattern, scale):
 
 def _by_offset(dscore: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:
     """dscore `[N, H, W, H, W]` summed into the table's entries, in a fixed order."""
-    _, (dy, dx) = reference.pair_tables(pattern, *dscore.shape[1:3], dscore.device)
+    H, W = dscore.shape[1:3]
+    _, (dy, dx) = reference.pair_tables(pattern, H, W, dscore.device)
     by_y, by_x = (
         torch.nn.functional.one_hot(d, size).to(dscore.dtype) for d, size in ((dy, bias.shape[1]), (dx, bias.shape[2]))
     )

@@ -246,13 +246,29 @@ def score_bias(bias: Tensor | None, region: Region, q: Tensor) -> Tensor | None:
         return None
     added = q.new_zeros((1, 1, 1, 1, 1))
     if bias is not None:
-        dy, dx = (offsets(s, size, q.device) for s, size in zip(region, bias.shape[1:], strict=True))
-        added = bias.to(q.dtype)[:, dy[:, None, :, None], dx[None, :, None, :]]
+        added = tile_bias(bias.to(q.dtype), region)
     if masked:
         sees_y, sees_x = (sees(s, q.device) for s in region)
         seen = sees_y[:, None, :, None] & sees_x[None, :, None, :]
         added = torch.where(seen, added, -torch.inf)
     return added.reshape(1, -1, rows.tile * cols.tile, rows.extent * cols.extent)
+
+
+def tile_bias(table: Tensor, region: Region) -> Tensor:
+    """The bias `[N, rows, cols, key rows, key cols]` of a tile, from the table `[N, Ey, Ex]`.
+
+    With the queries counted backwards the entry of a pair is where query plus key says: a view, and one copy turns it round.
+    Where cut pairs lie beyond the reach, entries are gathered instead.
+    """
+    starts = [s.offset + entries // 2 - (s.tile - 1) for s, entries in zip(region, table.shape[1:], strict=True)]
+    stops = [start + s.tile + s.extent - 1 for start, s in zip(starts, region, strict=True)]
+    if min(starts) < 0 or stops[0] > table.shape[1] or stops[1] > table.shape[2]:
+        dy, dx = (offsets(s, entries, table.device) for s, entries in zip(region, table.shape[1:], strict=True))
+        return table[:, dy[:, None, :, None], dx[None, :, None, :]]
+    head, y, x = table.stride()
+    rows, cols = region
+    size, stride = (table.shape[0], rows.tile, cols.tile, rows.extent, cols.extent), (head, y, x, y, x)
+    return table.as_strided(size, stride, table.storage_offset() + starts[0] * y + starts[1] * x).flip(1, 2)
 
 
 def offsets(s: Segment, entries: int, device: torch.device) -> Tensor:

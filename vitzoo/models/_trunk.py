@@ -324,6 +324,16 @@ class PlainConfig:
         return (self.patch_size,) * self.depth
 
 
+PLAIN_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "medium": {"embed_dim": 512, "num_heads": 8},
+    "base": {"embed_dim": 768, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+"""What the field calls a small or a large vision transformer."""
+
+
 class Plain(Backbone):
     """A vision transformer: patches, prefix tokens, positions, blocks of one width. Keys are timm's ``VisionTransformer``'s.
 

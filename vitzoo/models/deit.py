@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Plain, PlainConfig
+from vitzoo.models._trunk import PLAIN_SIZES, Plain, PlainConfig
 
 
 class DeiT(Plain):
@@ -56,21 +56,16 @@ class DeiT(Plain):
         return (logits + dist_logits) / 2
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"embed_dim": 192, "num_heads": 3},
-    "small": {"embed_dim": 384, "num_heads": 6},
-    "medium": {"embed_dim": 512, "num_heads": 8},
-    "base": {"embed_dim": 768, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
-
 VARIANTS = {
-    **{f"deit_{size}_patch16_224": PlainConfig(**_SIZES[size]) for size in ("tiny", "small", "base")},
-    "deit_base_patch16_384": PlainConfig(**_SIZES["base"], img_size=384),
-    **{f"deit_{size}_distilled_patch16_224": PlainConfig(**_SIZES[size], distilled=True) for size in ("tiny", "small", "base")},
-    "deit_base_distilled_patch16_384": PlainConfig(**_SIZES["base"], distilled=True, img_size=384),
+    **{f"deit_{size}_patch16_224": PlainConfig(**PLAIN_SIZES[size]) for size in ("tiny", "small", "base")},
+    "deit_base_patch16_384": PlainConfig(**PLAIN_SIZES["base"], img_size=384),
     **{
-        f"deit3_{size}_patch16_{img}": PlainConfig(**_SIZES[size], img_size=img, init_values=1e-6, no_embed_class=True)
+        f"deit_{size}_distilled_patch16_224": PlainConfig(**PLAIN_SIZES[size], distilled=True)
+        for size in ("tiny", "small", "base")
+    },
+    "deit_base_distilled_patch16_384": PlainConfig(**PLAIN_SIZES["base"], distilled=True, img_size=384),
+    **{
+        f"deit3_{size}_patch16_{img}": PlainConfig(**PLAIN_SIZES[size], img_size=img, init_values=1e-6, no_embed_class=True)
         for size, img in (
             ("small", 224),
             ("small", 384),

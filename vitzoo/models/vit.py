@@ -8,28 +8,18 @@ Deviations: any image size; it is padded to whole patches and the learned positi
 
 from __future__ import annotations
 
-from typing import Any
-
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Plain, PlainConfig
+from vitzoo.models._trunk import PLAIN_SIZES, Plain, PlainConfig
 
 
 class ViT(Plain):
     """A vision transformer on the plain trunk."""
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"embed_dim": 192, "num_heads": 3},
-    "small": {"embed_dim": 384, "num_heads": 6},
-    "base": {"embed_dim": 768, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
-
-
 def _dinov2(size: str, registers: int = 0) -> PlainConfig:
     # registers take no position of their own, and their weights expect class-token-free positions
     return PlainConfig(
-        **_SIZES[size],
+        **PLAIN_SIZES[size],
         patch_size=14,
         img_size=518,
         init_values=1e-5,
@@ -41,7 +31,7 @@ def _dinov2(size: str, registers: int = 0) -> PlainConfig:
 VARIANTS = {
     "vit_micro": PlainConfig(patch_size=4, embed_dim=64, depth=4, num_heads=2, mlp_ratio=2.0, img_size=32),
     **{
-        f"vit_{size}_patch{patch}_{img}": PlainConfig(**_SIZES[size], patch_size=patch, img_size=img)
+        f"vit_{size}_patch{patch}_{img}": PlainConfig(**PLAIN_SIZES[size], patch_size=patch, img_size=img)
         for size, patch, img in (
             ("tiny", 16, 224),
             ("tiny", 16, 384),

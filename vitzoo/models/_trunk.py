@@ -77,6 +77,10 @@ class PyramidConfig:
         return tuple(4 * 2**i for i in range(len(self.depths)))
 
 
+CACHED_TOKENS = 6400
+"""Tokens that a stage takes through its blocks at once in inference on a CPU: whole images whose maps stay in the cache."""
+
+
 class Stage(nn.Module):
     """Downsampling (none in the first stage), then blocks on a map ``[B, H, W, C]``."""
 
@@ -90,7 +94,19 @@ class Stage(nn.Module):
         x = self.downsample(x)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
+        if self._may_be_cut(x):
+            images = max(1, CACHED_TOKENS // (x.shape[1] * x.shape[2]))
+            if images < len(x):
+                return torch.cat([self.blocks(part) for part in x.split(images)])
         return self.blocks(x)
+
+    def _may_be_cut(self, x: Tensor) -> bool:
+        """In eager inference on a CPU, where no hook would see a part of the batch."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
+            return False
+        if type(x) is not Tensor or x.device.type != "cpu":  # an FX proxy, a subclass, another device
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules())
 
 
 class Pyramid(Backbone):

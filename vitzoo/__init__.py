@@ -6,11 +6,11 @@ registry, so that ``timm.create_model("nat_tiny")`` and everything built on timm
 
 from importlib.metadata import PackageNotFoundError, version
 
-from vitzoo.models import ModelInfo, create_model, list_families, list_models, model_info
+from vitzoo.models import ModelInfo, create_model, list_families, list_mixers, list_models, model_info
 
 try:
     __version__ = version("vitzoo")
 except PackageNotFoundError:  # imported from a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["ModelInfo", "__version__", "create_model", "list_families", "list_models", "model_info"]
+__all__ = ["ModelInfo", "__version__", "create_model", "list_families", "list_mixers", "list_models", "model_info"]

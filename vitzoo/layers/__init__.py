@@ -2,23 +2,34 @@
 
 from vitzoo.layers.attention import PatternAttention, TokenAttention
 from vitzoo.layers.blocks import Block
-from vitzoo.layers.embed import ConvDownsample, ConvStem, PatchEmbed, PatchMerging
-from vitzoo.layers.linear import Linear, Mlp, linear
+from vitzoo.layers.conv import DepthwiseConv
+from vitzoo.layers.embed import ConvDownsample, ConvStem, OverlapPatchEmbed, PatchEmbed, PatchMerging, SpatialReduction
+from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
+from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
 
 __all__ = [
     "Block",
     "ConvDownsample",
     "ConvStem",
+    "DepthwiseConv",
+    "DepthwiseMlp",
     "Linear",
     "Mlp",
+    "OnTokens",
+    "OverlapPatchEmbed",
     "PatchEmbed",
     "PatchMerging",
     "PatternAttention",
+    "Slot",
+    "SpatialReduction",
     "TokenAttention",
+    "build_mixer",
     "crop_map",
     "linear",
+    "list_mixers",
     "pad_map",
+    "register_mixer",
     "resize_positions",
     "resize_table",
 ]

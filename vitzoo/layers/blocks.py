@@ -25,6 +25,7 @@ class Block(nn.Module):
         layer_scale: initial value of a learned scale per channel on both branches; None for no scale.
         norm_eps: epsilon of the LayerNorms.
         post_norm: normalise the branch's output (residual post-norm) instead of its input.
+        mlp: the MLP; two linear layers with a GELU between unless given.
 
     Shape: ``[B, H, W, C]`` or ``[B, L, C]``, unchanged.
     """
@@ -40,6 +41,7 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         norm_eps: float = 1e-5,
         post_norm: bool = False,
+        mlp: Mlp | None = None,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
@@ -48,17 +50,18 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, init_values=layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop) if mlp is None else mlp
         self.ls2 = LayerScale(dim, init_values=layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *grid: int) -> Tensor:
+        """The block on ``x``; ``grid``, rows and columns, is for a mixer that sees a map in the tokens."""
         if self._may_work_in_place(x):
-            return self._forward_in_place(x)
+            return self._forward_in_place(x, *grid)
         if self.post_norm:
-            x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x))))
+            x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x, *grid))))
             return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *grid)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _may_work_in_place(self, x: Tensor) -> bool:
@@ -70,7 +73,7 @@ class Block(nn.Module):
         bypassed = (self.mlp, self.mlp.act)
         return type(self.mlp.act) is nn.GELU and not any(m._forward_hooks or m._forward_pre_hooks for m in bypassed)
 
-    def _forward_in_place(self, x: Tensor) -> Tensor:
+    def _forward_in_place(self, x: Tensor, *grid: int) -> Tensor:
         """The same numbers, with the residual, the GELU and the MLP's hidden map in reused memory.
 
         To the last bit, too, unless the batch is so large that the MLP takes it in pieces: products of fewer rows may sum
@@ -78,11 +81,11 @@ class Block(nn.Module):
 
         The mixer's output belongs to this block, so it becomes the residual stream; ``x`` is never written.
         """
-        y = self.norm1(self.attn(x)) if self.post_norm else self.attn(self.norm1(x))
+        y = self.norm1(self.attn(x, *grid)) if self.post_norm else self.attn(self.norm1(x), *grid)
         y = self.ls1(y).add_(x)
         tokens = max(1, y[0].numel() // y.shape[-1]) if len(y) else 1
         for part in y.split(max(1, CHUNK_TOKENS // tokens)):
-            hidden = self.mlp.fc1(part if self.post_norm else self.norm2(part))
+            hidden = self.mlp.hidden(part if self.post_norm else self.norm2(part))
             torch.ops.aten.gelu_(hidden, approximate=self.mlp.act.approximate)
             out = self.mlp.fc2(hidden)
             part.add_(self.ls2(self.norm2(out) if self.post_norm else out))

@@ -1,5 +1,6 @@
 """The families. Importing this package registers every model with timm."""
 
+from vitzoo.layers import list_mixers
 from vitzoo.models import deit, nat, swin, vit
 from vitzoo.models._registry import (
     ModelInfo,
@@ -14,6 +15,7 @@ __all__ = [
     "create_model",
     "deit",
     "list_families",
+    "list_mixers",
     "list_models",
     "model_info",
     "nat",

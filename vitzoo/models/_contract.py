@@ -56,6 +56,8 @@ def configure(cfg: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((name, _frozen(entry)) for name, entry in value.items())
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
@@ -102,7 +104,12 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay."""
-        return {name for name, _ in self.named_parameters() if any(part in name.split(".") for part in self.NO_DECAY)}
+        own = {name for name, _ in self.named_parameters() if any(part in name.split(".") for part in self.NO_DECAY)}
+        for prefix, module in self.named_modules():
+            own |= {
+                f"{prefix}.{name}" for name in getattr(module, "NO_DECAY", ()) if module is not self and hasattr(module, name)
+            }
+        return own
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+_REGISTRATIONS: dict[str, dict[str, Any]] = {}  # entry name: the keywords its family was registered with
 
 
 def register_family(
@@ -58,7 +59,7 @@ def register_family(
     data: Mapping[str, Any] | None = None,
     borrow: bool = False,
 ) -> None:
-    """Put every variant of a family into timm's registry and into ours.
+    """Put every variant of a family into timm's registry and into ours. May be called once for each class of a family.
 
     Args:
         module: the family's module, ``__name__``; its last part is the family's name and that of its manifest.
@@ -91,7 +92,10 @@ def register_family(
             cfgs[names[name] + suffix] = {**base, **_checkpoint_config(row)}
         if not any(key.split(".")[0] == names[name] for key in cfgs):
             cfgs[names[name]] = base
-    owner.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]  # timm looks it up in the module
+    known_cfgs = getattr(owner, "default_cfgs", {})  # timm looks it up in the module
+    owner.default_cfgs = {**known_cfgs, **generate_default_cfgs(cfgs)}  # type: ignore[attr-defined]
+    keywords: dict[str, Any] = {"first_conv": first_conv, "patch_first_conv": patch_first_conv, "classifier": classifier}
+    keywords |= {"out_indices": out_indices, "data": data}
 
     for name, cfg in variants.items():
         indices: Any = out_indices or tuple(range(len(getattr(cfg, "depths", ()))))
@@ -100,6 +104,27 @@ def register_family(
         register_model(build)
         setattr(owner, names[name], build)
         _ENTRIES[name] = entry
+        _REGISTRATIONS[name] = keywords
+
+
+def derive_family(module: str, variants: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+    """Register a family whose members are other families' models with another mixer.
+
+    Args:
+        module: the new family's module, ``__name__``.
+        variants: new name to (name of the host's variant, fields of its config that differ). Hosts are looked up here, so
+            that families need not import each other; ``vitzoo.models`` imports the hosts first.
+
+    Raises:
+        KeyError: a host that is not registered.
+    """
+    groups: dict[type[Backbone], dict[str, Any]] = {}
+    for name, (host, fields) in variants.items():
+        entry = _ENTRIES[host]
+        groups.setdefault(entry.cls, {})[name] = (host, configure(entry.cfg, fields))
+    for cls, members in groups.items():
+        first = next(host for host, _ in members.values())
+        register_family(module, cls, {name: cfg for name, (_, cfg) in members.items()}, **_REGISTRATIONS[first])
 
 
 def _entry_point(entry: Entry, out_indices: Any, module: str) -> Any:

@@ -6,6 +6,7 @@ A family derives from one, says in a config dataclass what can be chosen, and bu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,38 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
-from vitzoo.layers import Block, PatchEmbed, TokenAttention, resize_positions
+from vitzoo.layers import Block, OnTokens, PatchEmbed, Slot, TokenAttention, build_mixer, resize_positions
 from vitzoo.models._contract import Backbone, configure, feature_take_indices, pair
 
 torch.fx.wrap("resize_positions")
+
+MixerChoice = str | tuple[str, int] | None
+"""A mixer's name, a name for the first n blocks (the others keep the host's own), or None for the host's own."""
+
+
+def choose_mixer(choice: MixerChoice, block: int) -> str | None:
+    """The name that ``choice`` gives a block; None for the host's own mixer."""
+    if isinstance(choice, tuple):
+        name, count = choice
+        return name if block < count else None
+    return choice
+
+
+def check_mixers(choices: tuple[Any, ...], stages: int) -> None:
+    """Raise ValueError unless there is one valid choice for every stage."""
+    if len(choices) != stages:
+        raise ValueError(f"mixer {choices} names {len(choices)} stages, the model has {stages}. Give one choice for each.")
+    for choice in choices:
+        pair_of = isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[0], str) and isinstance(choice[1], int)
+        if not (choice is None or isinstance(choice, str) or pair_of):
+            raise ValueError(f"A mixer is a name, (name, number of blocks) or None, got {choice!r}.")
+
+
+def mixer_options(args: Mapping[str, Any] | tuple[tuple[str, Any], ...], place: int, places: int) -> dict[str, Any]:
+    """A mixer's keywords at one stage (or block): a tuple with an entry for each place gives that place's entry."""
+    return {
+        name: value[place] if isinstance(value, tuple) and len(value) == places else value for name, value in dict(args).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -32,6 +61,9 @@ class PyramidConfig:
         qkv_bias: bias in the projection to q, k, v.
         layer_scale: initial value of the learned scale on both branches of a block; None for none.
         widen: factor between the widths of neighbouring stages.
+        mixer: a mixer of ``vitzoo.list_mixers()`` in place of the family's own: one for all stages, or for each stage a
+            name, a name and to how many blocks it goes (("agent", 2)), or None for the family's own.
+        mixer_args: options of the mixer by name; a tuple with one entry for each stage gives each its own.
         img_size: image size that the weights are for (any size can be fed).
         in_chans: channels of the image.
         num_classes: outputs of the classifier; 0 for none.
@@ -50,6 +82,8 @@ class PyramidConfig:
     qkv_bias: bool = True
     layer_scale: float | None = None
     widen: int = 2
+    mixer: str | tuple[MixerChoice, ...] | None = None
+    mixer_args: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     img_size: int | tuple[int, int] | None = 224
     in_chans: int = 3
     num_classes: int = 1000
@@ -65,6 +99,12 @@ class PyramidConfig:
                 f"depths {self.depths} names {len(self.depths)} stages, num_heads {self.num_heads} names "
                 f"{len(self.num_heads)}. Give one number for each stage in both."
             )
+        if isinstance(self.mixer, tuple):
+            check_mixers(self.mixer, len(self.depths))
+
+    def mixer_of(self, i: int, j: int) -> str | None:
+        """Name of the mixer in block ``j`` of stage ``i``; None for the family's own."""
+        return choose_mixer(self.mixer[i], j) if isinstance(self.mixer, tuple) else self.mixer
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -82,16 +122,20 @@ CACHED_TOKENS = 6400
 
 
 class Stage(nn.Module):
-    """Downsampling (none in the first stage), then blocks on a map ``[B, H, W, C]``."""
+    """Downsampling (none in the first stage), blocks on a map ``[B, H, W, C]``, and a norm where the family has one."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """The blocks in turn: with checkpoints, or some images at a time, or plainly."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
         if self._may_be_cut(x):
@@ -134,6 +178,7 @@ class Pyramid(Backbone):
                 Stage(
                     self.make_downsample(i) if i else nn.Identity(),
                     [self.make_block(i, j, rates[i][j]) for j in range(depth)],
+                    self.make_stage_norm(i),
                 )
                 for i, depth in enumerate(cfg.depths)
             )
@@ -144,7 +189,7 @@ class Pyramid(Backbone):
         ]
         if cfg.feature_norm:
             self.feature_norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
-        self.norm = nn.Identity() if cfg.feature_norm else nn.LayerNorm(self.num_features)
+        self.norm = nn.Identity() if cfg.feature_norm else self.make_norm()
         self.head = ClassifierHead(self.num_features, cfg.num_classes, cfg.global_pool, cfg.drop_rate)
         self.head_hidden_size = self.head.num_features
         self.init_weights()
@@ -162,6 +207,28 @@ class Pyramid(Backbone):
     def make_block(self, i: int, j: int, drop_path: float) -> nn.Module:
         """Block ``j`` of stage ``i``."""
         raise NotImplementedError
+
+    def slot(self, i: int, j: int) -> Slot:
+        """The place of block ``j`` of stage ``i``, as a mixer needs to know it."""
+        cfg = self.cfg
+        height, width = (-(-n // cfg.strides[i]) for n in pair(cfg.img_size or 224))
+        return Slot(cfg.dims[i], cfg.num_heads[i], (height, width), i, j, qkv_bias=cfg.qkv_bias, proj_drop=cfg.proj_drop_rate)
+
+    def mixer(self, i: int, j: int, own: Callable[[], nn.Module]) -> nn.Module:
+        """The mixer of block ``j`` of stage ``i``: the one that the config names, else what ``own`` builds."""
+        name = self.cfg.mixer_of(i, j)
+        if name is None:
+            return own()
+        return build_mixer(name, self.slot(i, j), mixer_options(self.cfg.mixer_args, i, len(self.cfg.depths)))
+
+    def make_stage_norm(self, i: int) -> nn.Module | None:
+        """The norm of stage ``i``'s output, for the next stage as for the features; None for none."""
+        del i
+        return None
+
+    def make_norm(self) -> nn.Module:
+        """The norm before the classifier."""
+        return nn.LayerNorm(self.num_features)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -248,6 +315,7 @@ class Pyramid(Backbone):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
                 (r"^norm|^feature_norms|^head", (99999,)),
             ]
         )
@@ -285,6 +353,9 @@ class PlainConfig:
         reg_tokens: register tokens after the class token.
         no_embed_class: positions are for patches only, prefix tokens get none.
         pre_norm: LayerNorm before the blocks.
+        mixer: a mixer of ``vitzoo.list_mixers()`` in place of softmax attention, in all blocks or, as (name, n), in the
+            first n.
+        mixer_args: options of the mixer by name; a tuple with one entry for each block gives each its own.
         fc_norm: norm after pooling instead of before; None: where the pooling is an average.
         img_size: image size that the positions were learned at (any size can be fed).
         in_chans: channels of the image.
@@ -308,6 +379,8 @@ class PlainConfig:
     reg_tokens: int = 0
     no_embed_class: bool = False
     pre_norm: bool = False
+    mixer: MixerChoice = None
+    mixer_args: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     fc_norm: bool | None = None
     img_size: int | tuple[int, int] = 224
     in_chans: int = 3
@@ -320,6 +393,7 @@ class PlainConfig:
     def __post_init__(self) -> None:
         if self.global_pool not in ("", "token", "avg"):
             raise ValueError(f"global_pool is 'token', 'avg' or '', got '{self.global_pool}'.")
+        check_mixers((self.mixer,), 1)
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool 'token' needs class_token=True. Pool with 'avg' instead.")
 
@@ -394,24 +468,26 @@ class Plain(Backbone):
 
     def make_block(self, i: int, drop_path: float) -> nn.Module:
         """Block ``i``."""
-        del i
         cfg = self.cfg
-        attn = TokenAttention(
-            cfg.embed_dim,
-            cfg.num_heads,
-            qkv_bias=cfg.qkv_bias,
-            qk_norm=cfg.qk_norm,
-            proj_drop=cfg.proj_drop_rate,
-        )
         return Block(
             cfg.embed_dim,
-            attn,
+            self.make_mixer(i),
             mlp_ratio=cfg.mlp_ratio,
             drop_path=drop_path,
             proj_drop=cfg.proj_drop_rate,
             layer_scale=cfg.init_values,
             norm_eps=self.NORM_EPS,
         )
+
+    def make_mixer(self, i: int) -> nn.Module:
+        """The attention of block ``i``, or the mixer that the config names for it."""
+        cfg = self.cfg
+        kwargs: Any = {"qkv_bias": cfg.qkv_bias, "proj_drop": cfg.proj_drop_rate}
+        name = choose_mixer(cfg.mixer, i)
+        if name is None:
+            return TokenAttention(cfg.embed_dim, cfg.num_heads, qk_norm=cfg.qk_norm, **kwargs)
+        slot = Slot(cfg.embed_dim, cfg.num_heads, cfg.grid_size, block=i, prefix_tokens=cfg.prefix_tokens, **kwargs)
+        return OnTokens(build_mixer(name, slot, mixer_options(cfg.mixer_args, i, cfg.depth)), cfg.prefix_tokens)
 
     def make_head(self, num_classes: int) -> nn.Module:
         """A linear classifier, or an Identity without classes."""
@@ -440,12 +516,22 @@ class Plain(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image ``[B, in_chans, H, W]`` to normed tokens ``[B, prefix + h * w, C]``."""
-        x, _ = self.embed(x)
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        x, grid = self.embed(x)
+        if self.cfg.mixer is not None:
+            for i in range(len(self.blocks)):
+                x = self.run_block(i, x, grid)
+        elif self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
         return self.norm(x)
+
+    def run_block(self, i: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Block ``i`` on tokens ``[B, prefix + h * w, C]``; one whose mixer works on a map is told the ``grid`` (h, w)."""
+        args = (x,) if choose_mixer(self.cfg.mixer, i) is None else (x, *grid)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.blocks[i], *args)
+        return self.blocks[i](*args)
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens ``[B, L, C]`` to ``[B, C]`` (or unchanged where ``global_pool`` is "")."""
@@ -491,8 +577,8 @@ class Plain(Backbone):
         take, last = feature_take_indices(len(self.blocks), indices)
         outputs = []
         x, (height, width) = self.embed(x)
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        for i in range(last + 1 if stop_early else len(self.blocks)):
+            x = self.run_block(i, x, (height, width))
             if i in take:
                 y = self.norm(x) if norm else x
                 prefix, y = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]

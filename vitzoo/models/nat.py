@@ -80,14 +80,14 @@ class NAT(Pyramid):
         cfg = self.cfg
         return Block(
             cfg.dims[i],
-            self.make_mixer(i, j),
+            self.mixer(i, j, lambda: self.make_attention(i, j)),
             mlp_ratio=cfg.mlp_ratio,
             drop_path=drop_path,
             proj_drop=cfg.proj_drop_rate,
             layer_scale=cfg.layer_scale,
         )
 
-    def make_mixer(self, i: int, j: int) -> PatternAttention:
+    def make_attention(self, i: int, j: int) -> PatternAttention:
         """The attention of block ``j`` of stage ``i``."""
         cfg = self.cfg
         kwargs: dict[str, Any] = {"qkv_bias": cfg.qkv_bias, "proj_drop": cfg.proj_drop_rate}

@@ -161,10 +161,10 @@ class Swin(Pyramid):
         if cfg.version == 2:
             pretrained = cfg.pretrained_window_sizes[i] if cfg.pretrained_window_sizes else 0
             kwargs["reference"] = (pretrained, pretrained) if pretrained else size
-        mixer = CosineAttention if cfg.version == 2 else PatternAttention
+        attention = CosineAttention if cfg.version == 2 else PatternAttention
         return Block(
             cfg.dims[i],
-            mixer(cfg.dims[i], cfg.num_heads[i], pattern, **kwargs),
+            self.mixer(i, j, lambda: attention(cfg.dims[i], cfg.num_heads[i], pattern, **kwargs)),
             mlp_ratio=cfg.mlp_ratio,
             drop_path=drop_path,
             proj_drop=cfg.proj_drop_rate,
@@ -201,7 +201,7 @@ class Swin(Pyramid):
             for j, block in enumerate(stage.get_submodule("blocks").children()):
                 pattern, size = self.window_of(i, j)
                 attn: Any = block.get_submodule("attn")
-                if pattern != attn.pattern:
+                if self.cfg.mixer_of(i, j) is None and pattern != attn.pattern:
                     attn.set_pattern(pattern, size, (1, 1))
 
     @classmethod

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitzoo.layers import Block, PatternAttention
+from vitzoo.layers import Block, DepthwiseMlp, PatternAttention
 from vitzoo.layers import blocks as module
 from vitzoo.patterns import window
 
@@ -63,3 +63,12 @@ def test_drop_path_keeps_whole_images_and_their_mean():
     x = torch.randn(64, 4, 4, 24)
     kept = (made(x) != x).flatten(1).any(1)
     assert 0 < kept.sum() < 64
+
+
+def test_another_mlp_takes_the_place_of_the_plain_one_in_both_paths():
+    made = block(mlp=DepthwiseMlp(24, 36))
+    x = torch.randn(3, 7, 9, 24)
+    with torch.no_grad():
+        in_place = made(x)
+    assert made.mlp.dwconv.weight.shape == (36, 1, 3, 3)
+    torch.testing.assert_close(in_place, made(x).detach())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.budget import assert_within_budget
-from vitzoo.layers import Linear, linear
+from vitzoo.layers import DepthwiseMlp, Linear, linear
 
 
 def operands(*shape: int, out: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -65,3 +65,21 @@ def test_a_captured_graph_has_no_private_operator():
     with torch.no_grad():
         program = torch.export.export(layer, (x,))
     assert "mkldnn" not in str(program.graph)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_depthwise_mlp_sees_the_eight_neighbours_and_no_more(residual):
+    mlp, x = DepthwiseMlp(6, 10, residual=residual), torch.randn(2, 7, 9, 6, requires_grad=True)
+    (seen,) = torch.autograd.grad(mlp(x)[0, 3, 4].sum(), x)
+    touched = seen[0].abs().sum(-1) > 0
+    assert touched[2:5, 3:6].all()
+    assert touched.sum() == 9
+    assert not seen[1].any()
+
+
+def test_a_depthwise_mlp_with_a_centred_kernel_is_an_mlp():
+    mlp, x = DepthwiseMlp(6, 10), torch.randn(2, 7, 9, 6)
+    with torch.no_grad():
+        mlp.dwconv.weight.zero_()[:, :, 1, 1] = 1
+        mlp.dwconv.bias.zero_()
+        torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))

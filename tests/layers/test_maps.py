@@ -48,3 +48,10 @@ def test_positions_at_their_own_size_are_as_learned(antialias):
     at_home = resize_positions(positions, torch.empty(2, 6, 10, 5), (6, 10), antialias)
     assert torch.equal(at_home.flatten(1, 2), positions)
     assert resize_positions(positions, torch.empty(2, 7, 13, 5), (6, 10), antialias).shape == (1, 7, 13, 5)
+
+
+def test_bilinear_positions_are_pvts_picture():
+    positions = torch.randn(1, 6 * 10, 5)
+    published = F.interpolate(positions.reshape(1, 6, 10, 5).permute(0, 3, 1, 2), size=(9, 4), mode="bilinear")
+    resized = resize_positions(positions, torch.empty(2, 9, 4, 5), (6, 10), mode="bilinear")
+    torch.testing.assert_close(resized, published.permute(0, 2, 3, 1))

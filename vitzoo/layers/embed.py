@@ -20,18 +20,46 @@ class PatchEmbed(nn.Module):
         patch_size: pixels on a side of a patch.
         in_chans: channels of the image.
         norm: LayerNorm after it.
+        pad: add zeros at the bottom and right to fill the last patches; else drop what does not fill one.
 
-    Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / p), ceil(W / p), dim]``; zeros are added at the bottom and right.
+    Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / p), ceil(W / p), dim]``; rounded down without ``pad``.
     """
 
-    def __init__(self, dim: int, patch_size: int, in_chans: int = 3, norm: bool = False) -> None:
+    def __init__(self, dim: int, patch_size: int, in_chans: int = 3, norm: bool = False, pad: bool = True) -> None:
         super().__init__()
         self.patch_size = (patch_size, patch_size)
+        self.multiple = self.patch_size if pad else (1, 1)
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_image(image, self.patch_size)).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_image(image, self.multiple)).permute(0, 2, 3, 1))
+
+
+class OverlapPatchEmbed(nn.Module):
+    """Overlapping patches: a convolution whose kernel is larger than its stride, then LayerNorm (CSWin, PVT v2).
+
+    Args:
+        dim: channels of the map.
+        kernel_size: pixels on a side of a patch.
+        stride: pixels from patch to patch.
+        in_chans: channels of the image.
+        padding: zeros around the image; half the kernel unless given. With fewer an image whose sides do not divide by
+            the stride gets more of them at the bottom and right.
+
+    Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / stride), ceil(W / stride), dim]``.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, stride: int, in_chans: int = 3, padding: int | None = None) -> None:
+        super().__init__()
+        padding = kernel_size // 2 if padding is None else padding
+        short = kernel_size - 1 > 2 * padding  # such a convolution rounds sizes down
+        self.multiple = (stride, stride) if short else (1, 1)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.proj(pad_image(image, self.multiple)).permute(0, 2, 3, 1))
 
 
 class ConvStem(nn.Module):
@@ -51,18 +79,35 @@ class ConvStem(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """An overlapping 3x3 convolution of stride 2, then LayerNorm (NAT's downsampler).
+    """An overlapping 3x3 convolution of stride 2, then LayerNorm (NAT's downsampler; with bias CSWin's and PVT v2's).
 
     Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / 2), ceil(W / 2), out_dim]``.
     """
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    def __init__(self, dim: int, out_dim: int, bias: bool = False) -> None:
         super().__init__()
-        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=bias)
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class SpatialReduction(nn.Module):
+    """Cells of ``ratio`` x ``ratio`` tokens through one linear layer, then LayerNorm: fewer keys for attention (PVT).
+
+    Rows and columns that do not fill a cell are left out, as published.
+
+    Shape: ``[B, H, W, C]`` to ``[B, H // ratio, W // ratio, C]``.
+    """
+
+    def __init__(self, dim: int, ratio: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim, ratio, stride=ratio)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitzoo.layers.conv import DepthwiseConv
+
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -62,5 +64,31 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the GELU is applied to: ``[..., hidden]``, in memory of its own."""
+        return self.fc1(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(self.act(self.hidden(x)))))
+
+
+class DepthwiseMlp(Mlp):
+    """An MLP that sees its neighbours: a depthwise 3x3 convolution of the hidden map before the GELU (PVT v2).
+
+    Args:
+        dim: channels in and out.
+        hidden: channels between.
+        drop: dropout after both layers.
+        residual: add the convolution to the hidden map (DAT++, SMT) instead of replacing it.
+
+    Shape: ``[B, H, W, dim]``, unchanged.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, residual: bool = False) -> None:
+        super().__init__(dim, hidden, drop)
+        self.residual = residual
+        self.dwconv = DepthwiseConv(hidden)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return x + self.dwconv(x) if self.residual else self.dwconv(x)

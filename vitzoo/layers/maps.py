@@ -81,14 +81,17 @@ def global_table(table: Tensor, x: Tensor) -> Tensor:
     return resize_table(table, (2 * x.shape[1] - 1, 2 * x.shape[2] - 1))
 
 
-def resize_positions(positions: Tensor, like: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
-    """Absolute positions ``[1, grid_h * grid_w, C]`` as a map of the size of ``like`` ``[B, H, W, C]``, bicubic.
+def resize_positions(
+    positions: Tensor, like: Tensor, grid: tuple[int, int], antialias: bool = False, mode: str = "bicubic"
+) -> Tensor:
+    """Absolute positions ``[1, grid_h * grid_w, C]`` as a map of the size of ``like`` ``[B, H, W, C]``.
 
     Args:
         positions: learned positions, row by row.
         like: the map they will be added to.
         grid: rows and columns that ``positions`` was learned at.
         antialias: low-pass before shrinking (timm's ViT does, Swin's dense backbone does not).
+        mode: "bicubic", or "bilinear" (PVT).
 
     Returns:
         ``[1, H, W, C]`` in the dtype of ``positions``.
@@ -97,5 +100,5 @@ def resize_positions(positions: Tensor, like: Tensor, grid: tuple[int, int], ant
     if not torch.compiler.is_compiling() and (height, width) == tuple(grid):
         return positions.unflatten(1, grid)
     picture = positions.unflatten(1, grid).permute(0, 3, 1, 2).float()
-    picture = F.interpolate(picture, size=(height, width), mode="bicubic", align_corners=False, antialias=antialias)
+    picture = F.interpolate(picture, size=(height, width), mode=mode, align_corners=False, antialias=antialias)
     return picture.permute(0, 2, 3, 1).to(positions.dtype)

@@ -39,7 +39,7 @@ AT_IMPORT: dict[str, set[str]] = {
     "triton": {"ops"},
 }
 
-IMPLEMENTATIONS = ("reference", "sdpa", "triton")
+IMPLEMENTATIONS = ("reference", "sdpa", "grid_sample", "triton")
 PRIVATE_OF_TIMM = "vitzoo.models._contract"  # the one place that a rename in timm can break
 
 

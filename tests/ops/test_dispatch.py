@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def made_up_op(answers: dict[str, str | None]) -> Op:
     """An op on tensors whose implementations answer as told and return their own name."""
     return Op(
         "made_up",
-        lambda q: type("Call", (), {"q": q})(),
+        namedtuple("Call", "q"),
         tuple(
             Implementation(name, lambda call, answer=answer: answer, lambda call, name=name: (name, None))
             for name, answer in answers.items()

@@ -18,7 +18,7 @@ _forced: list[str] = []  # a plain global: Dynamo guards on it, and compiles aga
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: `run(call)` returns (out, lse or None) wherever `supports(call)` is None."""
+    """One way to run an op: `run(call)` returns the op's results (out, and lse or None) wherever `supports(call)` is None."""
 
     name: str
     supports: Callable[[Any], str | None]
@@ -54,9 +54,9 @@ class Op:
         raise ValueError(f"{self.name} has no implementation {wanted!r}; it has {known}.")
 
     def run(self, call: Any, impl: str | None) -> tuple:
-        """(out, lse or None) of `call`. The call has obeyed autocast; inside it is off, implementations say their dtypes."""
+        """The results of `call`, a tuple of fields with a tensor first. Autocast has been obeyed and is off inside."""
         chosen = self.choose(call, impl)
-        device = call.q.device.type
+        device = call[0].device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return chosen.run(call)

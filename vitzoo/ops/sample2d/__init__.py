@@ -1,0 +1,1 @@
+"""Bilinear sampling of a map: `api` is what callers see, the other files are ways to run it."""

@@ -1,0 +1,25 @@
+"""sample2d as the definition says it: every token weighs in by how near it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def supports(call: object) -> str | None:
+    """The reference takes every call."""
+    return None
+
+
+def run(call) -> tuple[Tensor]:
+    """(out,) of a `Sample2dCall`."""
+    wide = torch.promote_types(call.x.dtype, torch.float32)
+    x, points = call.x.to(wide), call.points.to(wide)
+    rows, cols = (nearness(points[..., axis], x.shape[1 + axis]) for axis in (0, 1))
+    return (torch.einsum("bsgi,bsgj,bijgc->bsgc", rows, cols, x).to(call.x.dtype),)
+
+
+def nearness(points: Tensor, n: int) -> Tensor:
+    """max(0, 1 - distance) of points `[...]` to each of `n` coordinates: `[..., n]`."""
+    position = (points + 1) / 2 * (n - 1)
+    return (1 - (position[..., None] - torch.arange(n, device=points.device)).abs()).clamp(min=0)

@@ -1,6 +1,6 @@
 """Building blocks that more than one family uses. Maps are channels-last, ``[B, H, W, C]``, everywhere in here."""
 
-from vitzoo.layers.attention import PatternAttention, TokenAttention
+from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAttention
 from vitzoo.layers.blocks import Block
 from vitzoo.layers.conv import DepthwiseConv
 from vitzoo.layers.embed import ConvDownsample, ConvStem, OverlapPatchEmbed, PatchEmbed, PatchMerging, SpatialReduction
@@ -15,6 +15,7 @@ __all__ = [
     "DepthwiseConv",
     "DepthwiseMlp",
     "Linear",
+    "MixedAttention",
     "Mlp",
     "OnTokens",
     "OverlapPatchEmbed",

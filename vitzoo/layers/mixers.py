@@ -34,6 +34,7 @@ class Slot:
         proj_drop: dropout after the output projection.
         kv_ratio: by what factor, per axis, the host's own attention reduces the map that k and v come from (PVT).
         lepe: whether the host takes its positions from a depthwise 3x3 convolution of v (CSWin).
+        packed: whether the host projects to q, k and v by one linear layer; PVT has one for q and one for k and v.
     """
 
     dim: int
@@ -46,6 +47,7 @@ class Slot:
     proj_drop: float = 0.0
     kv_ratio: int = 1
     lepe: bool = False
+    packed: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import deit, nat, swin, vit
+from vitzoo.models import deit, nat, pvt, swin, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -19,6 +19,7 @@ __all__ = [
     "list_models",
     "model_info",
     "nat",
+    "pvt",
     "swin",
     "vit",
 ]

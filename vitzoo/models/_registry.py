@@ -25,6 +25,7 @@ from torch import nn
 
 from vitzoo import checkpoints
 from vitzoo.models._contract import Backbone, configure, pair
+from vitzoo.models._cost import count_gmacs
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -77,6 +78,8 @@ def register_family(
     published = _manifest(family)
     cfgs: dict[str, Any] = {}
     names: dict[str, str] = {}
+    # what timm says of its class, not of the weights; ours takes every size
+    own_to_timm = ("architecture", "tag", "fixed_input_size")
     for name, cfg in variants.items():
         names[name] = f"vz_{name}" if timm.is_model(name) else name
         stem = patch_first_conv if patch_first_conv and cfg.patch_size is not None else first_conv
@@ -84,12 +87,16 @@ def register_family(
         tagged = {tag: row for tag, row in published.items() if tag.split(".")[0] == name}
         if borrow and names[name] != name:
             for tag, theirs in timm.models.get_arch_pretrained_cfgs(name).items():
-                known = {k: v for k, v in theirs.to_dict(remove_null=True).items() if k not in ("architecture", "tag")}
+                known = {
+                    k: v
+                    for k, v in theirs.to_dict(remove_null=True).items()
+                    if k not in ("architecture", "tag", "fixed_input_size")
+                }
                 suffix = "." + tag.split(".", 1)[-1] if "." in tag else (f".{tag}" if tag else "")
                 cfgs[names[name] + suffix] = {**base, **known}
         for tag, row in tagged.items():
             suffix = tag[len(name) :]
-            cfgs[names[name] + suffix] = {**base, **_checkpoint_config(row)}
+            cfgs[names[name] + suffix] = {**cfgs.get(names[name] + suffix, base), **_checkpoint_config(row)}
         if not any(key.split(".")[0] == names[name] for key in cfgs):
             cfgs[names[name]] = base
     known_cfgs = getattr(owner, "default_cfgs", {})  # timm looks it up in the module
@@ -314,7 +321,7 @@ class ModelInfo:
         strides: pixels per token of each.
         pretrained: names, with tags, of its published weights.
         top1: published ImageNet-1k top-1 in percent by name; no entry where none was published.
-        gmacs: published multiply-adds at ``img_size``, in billions; None where none were published.
+        published_gmacs: multiply-adds at ``img_size`` that its authors report, in billions; None where they report none.
         config: its frozen config.
     """
 
@@ -327,8 +334,15 @@ class ModelInfo:
     strides: tuple[int, ...]
     pretrained: tuple[str, ...]
     top1: dict[str, float]
-    gmacs: float | None
+    published_gmacs: float | None
     config: Any
+
+    @property
+    def gmacs(self) -> float:
+        """Multiply-adds of one image of ``img_size``, in billions: products and convolutions, counted on the meta device."""
+        entry = _ENTRIES[self.name]
+        with torch.device("meta"):
+            return count_gmacs(entry.cls(self.config), self.img_size)
 
 
 def model_info(name: str, **overrides: Any) -> ModelInfo:
@@ -363,6 +377,6 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
         strides=tuple(info["reduction"] for info in infos),
         pretrained=tuple(pretrained_tags(entry)),
         top1={n: row["top1"] for n, row in rows.items() if "top1" in row},
-        gmacs=next((row["gmacs"] for row in rows.values() if "gmacs" in row), None),
+        published_gmacs=next((row["gmacs"] for row in rows.values() if "gmacs" in row), None),
         config=cfg,
     )

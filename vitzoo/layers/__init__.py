@@ -1,5 +1,6 @@
 """Building blocks that more than one family uses. Maps are channels-last, ``[B, H, W, C]``, everywhere in here."""
 
+from vitzoo.layers.agent import AgentAttention
 from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAttention
 from vitzoo.layers.blocks import Block
 from vitzoo.layers.conv import DepthwiseConv
@@ -10,6 +11,8 @@ from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, regis
 
 __all__ = [
     "Block",
+    "AgentAttention",
+    "BatchNorm",
     "ConvDownsample",
     "ConvStem",
     "DepthwiseConv",

@@ -6,6 +6,7 @@ A family derives from one, says in a config dataclass what can be chosen, and bu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -586,6 +587,17 @@ class Plain(Backbone):
                     y = y.reshape(y.shape[0], height, width, self.embed_dim).permute(0, 3, 1, 2).contiguous()
                 outputs.append((y, prefix) if return_prefix_tokens and self.num_prefix_tokens else y)
         return outputs if intermediates_only else (self.norm(x), outputs)
+
+    @classmethod
+    def from_published(cls, state: dict[str, Tensor], cfg: PlainConfig) -> dict[str, Tensor]:
+        """From timm's layout, which is ours but for blocks with a chosen mixer: they hold it in ``attn.mixer``."""
+        ours = {}
+        for key, value in state.items():
+            place = re.match(r"blocks\.(\d+)\.attn\.(?!mixer\.)", key)
+            if place and choose_mixer(cfg.mixer, int(place[1])) is not None:
+                key = f"{place[0]}mixer.{key[place.end() :]}"
+            ours[key] = value
+        return ours
 
     # -- timm's contract ------------------------------------------------------------------------------------------
 

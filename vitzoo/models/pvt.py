@@ -187,7 +187,8 @@ class PVT(Pyramid):
         )
 
     def slot(self, i: int, j: int) -> Slot:
-        return replace(super().slot(i, j), map_size=self.cfg.map_sizes[i], kv_ratio=self.cfg.sr_ratios[i])
+        cfg = self.cfg
+        return replace(super().slot(i, j), map_size=cfg.map_sizes[i], kv_ratio=cfg.sr_ratios[i], packed=False)
 
     def make_stage_norm(self, i: int) -> nn.Module | None:
         return nn.LayerNorm(self.cfg.dims[i], eps=self.NORM_EPS) if self.cfg.version == 2 else None

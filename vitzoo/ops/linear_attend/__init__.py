@@ -1,0 +1,1 @@
+"""Attention without a softmax, linear in the tokens: `api` is what callers see, the other files are ways to run it."""

@@ -1,71 +1,120 @@
-"""``python -m vitzoo.bench models``: times the zoo against its baselines and prints one Markdown table.
+"""``python -m vitzoo.bench models | ops | all``: times the zoo against its baselines and prints Markdown tables.
 
-Ratios are baseline over ours, so above 1 is faster or smaller than the baseline.
+    python -m vitzoo.bench models                       # whole models against timm's, or against an unfold
+    python -m vitzoo.bench models nat_tiny --forward-only
+    python -m vitzoo.bench ops                          # attend2d against FlexAttention, unfold, SDPA with a bias, NATTEN
+    python -m vitzoo.bench all --out DIR                # checks (on a GPU) and every table, as Markdown and JSON
+
+Everything is measured in one process, interleaved; ratios are baseline over ours, so above 1 is faster or smaller.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 
-import vitzoo
-from vitzoo.bench import models
-
-
-def environment() -> dict[str, str]:
-    """Commit, versions and processor that a table was measured with."""
-    root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "commit": git.stdout.strip() or "unknown",
-        "vitzoo": vitzoo.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "device": cpu,
-        "threads": str(torch.get_num_threads()),
-        "dtype": "float32",
-    }
+from vitzoo.bench import models, ops
+from vitzoo.bench.timing import environment
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vitzoo.bench", description=__doc__.splitlines()[0])
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m vitzoo.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
+
     sub = commands.add_parser("models", help="whole models against timm's, or against an unfold")
     sub.add_argument("names", nargs="*", help="listed models; none: the default table")
     sub.add_argument("--batch", type=int, default=8, help="images (default 8)")
     sub.add_argument("--size", type=int, default=224, help="pixels on a side (default 224)")
-    sub.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     sub.add_argument("--forward-only", action="store_true", help="leave out training")
-    sub.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
-    sub.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    sub.set_defaults(run=_models)
 
+    sub = commands.add_parser("ops", help="attend2d against other ways to compute it")
+    gpu = torch.cuda.is_available()
+    sub.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: the GPU where there is one)")
+    sub.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16" if gpu else "float32")
+    sub.set_defaults(run=_ops)
+
+    for each in commands.choices.values():
+        each.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
+        each.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
+        each.add_argument("--json", type=Path, help="write the figures here as well")
+
+    sub = commands.add_parser("all", help="checks and every table, one command for a GPU machine")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the tables; made where it is not there")
+    args = parser.parse_args(argv)
+    if args.command == "all":
+        return _all(args.out)
+    torch.set_num_threads(args.threads)
+    return args.run(args, f"python -m vitzoo.bench {' '.join(argv)}")
+
+
+def _report(command: str, facts: dict[str, str], text: str, rows: Sequence[Any], path: Path | None) -> None:
+    print(f"`{command}`\n{', '.join(f'{key} {value}' for key, value in facts.items())}\n\n{text}")
+    if path:
+        path.write_text(json.dumps({"command": command, "environment": facts, "results": rows}, indent=2))
+
+
+def _models(args: argparse.Namespace, command: str) -> int:
     cases = [models.Case(n, args.batch, args.size, args.forward_only) for n in args.names] or list(models.CASES)
-    facts = environment()
-    print(f"`python -m vitzoo.bench {' '.join(sys.argv[1:] if argv is None else argv)}`")
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
     results = []
     for i, case in enumerate(cases):
-        print(f"[{i + 1}/{len(cases)}] {case.model}, batch {case.batch}, {case.size} px ...", file=sys.stderr, flush=True)
+        _progress(i, cases, f"{case.model}, batch {case.batch}, {case.size} px")
         results.append(models.measure(case, args.rounds))
-    print(models.table(results))
-    if args.json:
-        args.json.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=2))
+    _report(command, environment(), models.table(results), [asdict(r) for r in results], args.json)
     return 0
+
+
+def _ops(args: argparse.Namespace, command: str) -> int:
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but PyTorch sees no GPU. Leave --device out for the CPU table.")
+    cases = ops.GPU_CASES if device.type == "cuda" else ops.CPU_CASES
+    results, wrong = [], []
+    for i, case in enumerate(cases):
+        _progress(i, cases, str(case))
+        try:
+            results.append(ops.measure(case, device, getattr(torch, args.dtype), args.rounds))
+        except RuntimeError as reason:  # wrong, or out of memory: the others are still worth their time
+            wrong.append(str(reason).splitlines()[0])
+    text = ops.table(results) + "".join(f"\n\nNot timed: {line}" for line in wrong)
+    _report(command, environment(device, args.dtype), text, [ops.as_json(r) for r in results], args.json)
+    return 1 if wrong else 0
+
+
+def _progress(i: int, cases: Sequence[object], what: str) -> None:
+    print(f"[{i + 1}/{len(cases)}] {what} ...", file=sys.stderr, flush=True)
+
+
+def _all(out: Path) -> int:
+    """The checks that need a GPU, where there is one, then every table, each in a process of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    bench = [sys.executable, "-m", "vitzoo.bench"]
+    steps = [("ops", [*bench, "ops", "--json", str(out / "ops.json")])]
+    if torch.cuda.is_available():
+        tests = Path(__file__).resolve().parents[2] / "tests"
+        steps.insert(0, ("checks", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", str(tests)]))
+    steps.append(("models", [*bench, "models", "--rounds", "5", "--json", str(out / "models.json")]))
+    failed = []
+    for name, command in steps:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        (out / f"{name}.md").write_text(done.stdout)
+        if done.returncode:
+            failed.append(name)
+    print(f"Tables in {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

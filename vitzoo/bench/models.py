@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vitzoo
 from vitzoo.bench.baselines import baseline_of
+from vitzoo.bench.timing import markdown
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,9 @@ def table(results: list[Result]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "" if value is None or math.isnan(value) else format(value, form)
 
+    head = ["model", "batch", "size", "baseline", "error", "forward ms", "ratio", "train ms", "ratio", "memory MiB", "ratio"]
     rows = [
-        "| model | batch | size | baseline | error | forward ms | ratio | train ms | ratio | memory MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        cells = (
+        [
             r.case.model,
             str(r.case.batch),
             str(r.case.size),
@@ -182,6 +180,7 @@ def table(results: list[Result]) -> str:
             cell(r.train_ratio, ".2f"),
             cell(r.memory_mib, ".0f"),
             cell(r.memory_ratio, ".2f"),
-        )
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        ]
+        for r in results
+    ]
+    return markdown(head, rows)

@@ -240,10 +240,11 @@ def test_the_dense_layout_norms_every_map_and_trains_every_norm(pyramid):
 def test_drop_path_acts_in_training_only(name):
     model = build(name, drop_path_rate=0.9)
     x = image()
+    state = deepcopy(model.state_dict())
     torch.manual_seed(0)
     first = logits_of(model.train()(x))
     assert not torch.equal(first, logits_of(model(x)))
-    model.eval()
+    model.eval().load_state_dict(state)  # training moves batch statistics, whether or not paths are dropped
     with torch.no_grad():
         assert torch.equal(model(x), build(name)(x))
 
@@ -347,9 +348,15 @@ def test_weights_that_do_not_fit_are_refused_with_names(model, tmp_path):
         checkpoints.load(model, tmp_path / "w.safetensors")
 
 
-def test_nothing_but_parameters_is_stored(shared_model):
-    assert set(shared_model.state_dict()) == {key for key, _ in shared_model.named_parameters()}
-    assert not list(shared_model.buffers())
+def test_nothing_but_parameters_and_batch_statistics_is_stored(shared_model):
+    statistics = {
+        f"{name}.{key}"
+        for name, module in shared_model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for key in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert set(shared_model.state_dict()) == {key for key, _ in shared_model.named_parameters()} | statistics
+    assert {key for key, _ in shared_model.named_buffers()} == statistics
 
 
 def test_copies_and_pickles_give_the_same_bits(shared_model):

@@ -47,20 +47,21 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between; keys are those of timm's ``Mlp``.
+    """Two linear layers with a GELU between; keys are those of timm's ``Mlp``.
 
     Args:
         dim: channels in and out.
         hidden: channels between.
         drop: dropout after both layers.
+        gelu: "none" for the exact GELU, "tanh" for its approximation.
 
     Shape: ``[..., dim]``, unchanged.
     """
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, gelu: str = "none") -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = nn.GELU(gelu)
         self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 

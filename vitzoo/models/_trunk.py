@@ -191,7 +191,7 @@ class Pyramid(Backbone):
         if cfg.feature_norm:
             self.feature_norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
         self.norm = nn.Identity() if cfg.feature_norm else self.make_norm()
-        self.head = ClassifierHead(self.num_features, cfg.num_classes, cfg.global_pool, cfg.drop_rate)
+        self.head: Any = self.make_head()
         self.head_hidden_size = self.head.num_features
         self.init_weights()
 
@@ -230,6 +230,11 @@ class Pyramid(Backbone):
     def make_norm(self) -> nn.Module:
         """The norm before the classifier."""
         return nn.LayerNorm(self.num_features)
+
+    def make_head(self) -> nn.Module:
+        """The pooled classifier, with what timm's heads have: ``fc``, ``num_features`` and ``reset``."""
+        cfg = self.cfg
+        return ClassifierHead(self.num_features, cfg.num_classes, cfg.global_pool, cfg.drop_rate)
 
     # -- forward --------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def register_family(
         classifier: parameter prefix of the classifier, or several.
         out_indices: default outputs of ``features_only``: the last n; None: all.
         data: entries of timm's data config that differ from ImageNet's defaults.
-        borrow: take the weights that timm has published for the same name (the keys are the same).
+        borrow: take the weights that timm has published for the same name; a row of the manifest adds to what it says of them.
     """
     family = module.rsplit(".", 1)[-1]
     owner = sys.modules[module]
@@ -87,11 +87,7 @@ def register_family(
         tagged = {tag: row for tag, row in published.items() if tag.split(".")[0] == name}
         if borrow and names[name] != name:
             for tag, theirs in timm.models.get_arch_pretrained_cfgs(name).items():
-                known = {
-                    k: v
-                    for k, v in theirs.to_dict(remove_null=True).items()
-                    if k not in ("architecture", "tag", "fixed_input_size")
-                }
+                known = {k: v for k, v in theirs.to_dict(remove_null=True).items() if k not in own_to_timm}
                 suffix = "." + tag.split(".", 1)[-1] if "." in tag else (f".{tag}" if tag else "")
                 cfgs[names[name] + suffix] = {**base, **known}
         for tag, row in tagged.items():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ class Block(nn.Module):
         norm_eps: epsilon of the LayerNorms.
         post_norm: normalise the branch's output (residual post-norm) instead of its input.
         mlp: the MLP; two linear layers with a GELU between unless given.
+        norm_layer: makes both norms from C; LayerNorm with ``norm_eps`` unless given.
 
     Shape: ``[B, H, W, C]`` or ``[B, L, C]``, unchanged.
     """
@@ -41,16 +46,18 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         norm_eps: float = 1e-5,
         post_norm: bool = False,
-        mlp: Mlp | None = None,
+        mlp: nn.Module | None = None,
+        norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
+        self.norm1 = norm_layer(dim)
         self.attn = attn
         self.ls1 = LayerScale(dim, init_values=layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop) if mlp is None else mlp
+        self.norm2 = norm_layer(dim)
+        self.mlp: Any = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop) if mlp is None else mlp
         self.ls2 = LayerScale(dim, init_values=layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -70,8 +77,9 @@ class Block(nn.Module):
             return False
         if type(x) is not Tensor or x.device.type != "cpu":  # an FX proxy, a subclass, another device
             return False
-        bypassed = (self.mlp, self.mlp.act)
-        return type(self.mlp.act) is nn.GELU and not any(m._forward_hooks or m._forward_pre_hooks for m in bypassed)
+        if not isinstance(self.mlp, Mlp) or type(self.mlp.act) is not nn.GELU:
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks for m in (self.mlp, self.mlp.act))
 
     def _forward_in_place(self, x: Tensor, *grid: int) -> Tensor:
         """The same numbers, with the residual, the GELU and the MLP's hidden map in reused memory.

@@ -1,6 +1,8 @@
-"""Convolutions on channels-last maps."""
+"""Convolutions and batch norms on channels-last maps."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor, nn
 
@@ -11,12 +13,65 @@ class DepthwiseConv(nn.Conv2d):
     Args:
         dim: channels C.
         size: rows and columns of the kernel, odd.
+        dilation: distance between the positions that it reads.
 
     Shape: ``[B, H, W, C]``, unchanged.
     """
 
-    def __init__(self, dim: int, size: int = 3) -> None:
-        super().__init__(dim, dim, size, padding=size // 2, groups=dim)
+    def __init__(self, dim: int, size: int = 3, dilation: int = 1) -> None:
+        super().__init__(dim, dim, size, padding=size // 2 * dilation, groups=dim, dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of a map ``[B, H, W, C]``."""
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  # its name in PyTorch
+        """Nothing: a permutation has counted the dimensions, and FX cannot trace a question about them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvNorm(nn.Module):
+    """A convolution, then batch norm.
+
+    Args:
+        dim: channels of the map.
+        out_dim: channels of the next one.
+        size: rows and columns of the kernel, odd.
+        stride: tokens from one position of the kernel to the next.
+        groups: groups of channels that do not mix.
+        bias: learn a bias before the norm.
+
+    Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / stride), ceil(W / stride), out_dim]``.
+    """
+
+    def __init__(self, dim: int, out_dim: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, size, stride=stride, padding=size // 2, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+def init_by_fan_out(module: nn.Module, linear: bool = False) -> None:
+    """Normal weights of variance 2 / fan-out (He et al. 2015, arXiv:1502.01852) and zero biases for all convolutions.
+
+    Args:
+        module: whatever holds them.
+        linear: linear layers too, for those that stand for a 1x1 convolution.
+    """
+    for each in module.modules():
+        if isinstance(each, nn.Conv2d):
+            fan_out = math.prod(each.kernel_size) * each.out_channels // each.groups
+        elif linear and isinstance(each, nn.Linear):
+            fan_out = each.out_features
+        else:
+            continue
+        nn.init.normal_(each.weight, std=math.sqrt(2 / fan_out))
+        if each.bias is not None:
+            nn.init.zeros_(each.bias)

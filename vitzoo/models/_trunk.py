@@ -55,10 +55,10 @@ class PyramidConfig:
     """What can be chosen of any pyramid. A family's config adds its own fields.
 
     Attributes:
-        embed_dim: channels of the first stage; each next stage has ``widen`` times as many.
+        embed_dim: channels of the first stage, each next one having ``widen`` times as many; or one number per stage.
         depths: blocks of each stage.
         num_heads: heads of each stage.
-        mlp_ratio: hidden channels of the MLPs over their width.
+        mlp_ratio: hidden channels of the MLPs over their width, one number or one per stage.
         qkv_bias: bias in the projection to q, k, v.
         layer_scale: initial value of the learned scale on both branches of a block; None for none.
         widen: factor between the widths of neighbouring stages.
@@ -76,10 +76,10 @@ class PyramidConfig:
         drop_path_rate: drop path of the last block; it rises linearly from 0.
     """
 
-    embed_dim: int = 96
+    embed_dim: int | tuple[int, ...] = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    mlp_ratio: float = 4.0
+    mlp_ratio: float | tuple[float, ...] = 4.0
     qkv_bias: bool = True
     layer_scale: float | None = None
     widen: int = 2
@@ -100,8 +100,18 @@ class PyramidConfig:
                 f"depths {self.depths} names {len(self.depths)} stages, num_heads {self.num_heads} names "
                 f"{len(self.num_heads)}. Give one number for each stage in both."
             )
+        for name, value in (("embed_dim", self.embed_dim), ("mlp_ratio", self.mlp_ratio)):
+            if isinstance(value, tuple) and len(value) != len(self.depths):
+                raise ValueError(
+                    f"{name} {value} names {len(value)} stages, depths {self.depths} {len(self.depths)}. "
+                    "Give one number for each stage in both."
+                )
         if isinstance(self.mixer, tuple):
             check_mixers(self.mixer, len(self.depths))
+
+    def mlp_dim(self, i: int) -> int:
+        """Hidden channels of the MLPs of stage ``i``."""
+        return int(self.dims[i] * (self.mlp_ratio[i] if isinstance(self.mlp_ratio, tuple) else self.mlp_ratio))
 
     def mixer_of(self, i: int, j: int) -> str | None:
         """Name of the mixer in block ``j`` of stage ``i``; None for the family's own."""
@@ -110,6 +120,8 @@ class PyramidConfig:
     @property
     def dims(self) -> tuple[int, ...]:
         """Channels of each stage."""
+        if isinstance(self.embed_dim, tuple):
+            return self.embed_dim
         return tuple(self.embed_dim * self.widen**i for i in range(len(self.depths)))
 
     @property
@@ -189,6 +201,8 @@ class Pyramid(Backbone):
             for i, (dim, stride) in enumerate(zip(cfg.dims, cfg.strides, strict=True))
         ]
         if cfg.feature_norm:
+            if any(not isinstance(stage.norm, nn.Identity) for stage in self.stages.children()):
+                raise ValueError(f"{type(self).__name__} norms the output of every stage already. Leave feature_norm False.")
             self.feature_norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
         self.norm = nn.Identity() if cfg.feature_norm else self.make_norm()
         self.head: Any = self.make_head()

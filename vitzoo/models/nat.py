@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitzoo.layers import Block, ConvDownsample, ConvStem, PatchEmbed, PatchMerging, PatternAttention
+from vitzoo.layers import Block, ConvDownsample, ConvStem, Mlp, PatchEmbed, PatchMerging, PatternAttention
 from vitzoo.models._contract import pair
 from vitzoo.models._registry import register_family
 from vitzoo.models._trunk import Pyramid, PyramidConfig
@@ -67,8 +67,8 @@ class NAT(Pyramid):
     def make_stem(self) -> nn.Module:
         cfg = self.cfg
         if cfg.patch_size is None:
-            return ConvStem(cfg.embed_dim, cfg.in_chans)
-        return PatchEmbed(cfg.embed_dim, cfg.patch_size, cfg.in_chans, norm=True)
+            return ConvStem(cfg.dims[0], cfg.in_chans)
+        return PatchEmbed(cfg.dims[0], cfg.patch_size, cfg.in_chans, norm=True)
 
     def make_downsample(self, i: int) -> nn.Module:
         dims = self.cfg.dims
@@ -81,9 +81,8 @@ class NAT(Pyramid):
         return Block(
             cfg.dims[i],
             self.mixer(i, j, lambda: self.make_attention(i, j)),
-            mlp_ratio=cfg.mlp_ratio,
+            mlp=Mlp(cfg.dims[i], cfg.mlp_dim(i), cfg.proj_drop_rate),
             drop_path=drop_path,
-            proj_drop=cfg.proj_drop_rate,
             layer_scale=cfg.layer_scale,
         )
 

@@ -56,10 +56,10 @@ class PVTConfig(PyramidConfig):
         drop_odd: V1: an odd map loses its last row and column before the next patches, instead of being padded.
     """
 
-    embed_dim: tuple[int, ...] = (64, 128, 320, 512)  # type: ignore[assignment]  # a width for each stage
+    embed_dim: tuple[int, ...] = (64, 128, 320, 512)
     depths: tuple[int, ...] = (2, 2, 2, 2)
     num_heads: tuple[int, ...] = (1, 2, 5, 8)
-    mlp_ratio: tuple[float, ...] = (8, 8, 4, 4)  # type: ignore[assignment]  # likewise
+    mlp_ratio: tuple[float, ...] = (8, 8, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
     version: int = 1
     drop_odd: bool = False

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitzoo.layers import Block, Linear, PatchEmbed, PatchMerging, PatternAttention, linear, resize_positions
+from vitzoo.layers import Block, Linear, Mlp, PatchEmbed, PatchMerging, PatternAttention, linear, resize_positions
 from vitzoo.models._contract import pair
 from vitzoo.models._registry import register_family
 from vitzoo.models._trunk import Pyramid, PyramidConfig
@@ -72,11 +72,11 @@ class SwinStem(PatchEmbed):
     """Patches with a LayerNorm and, where ``ape``, learned absolute positions, resized to the map."""
 
     def __init__(self, cfg: SwinConfig) -> None:
-        super().__init__(cfg.embed_dim, cfg.patch_size, cfg.in_chans, norm=True)
+        super().__init__(cfg.dims[0], cfg.patch_size, cfg.in_chans, norm=True)
         height, width = pair(cfg.img_size or 224)
         self.grid_size = (-(-height // cfg.patch_size), -(-width // cfg.patch_size))
         tokens = self.grid_size[0] * self.grid_size[1]
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, cfg.embed_dim)) if cfg.ape else None
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, cfg.dims[0])) if cfg.ape else None
 
     def init_weights(self) -> None:
         """Truncated normal 0.02 for the positions."""
@@ -165,9 +165,8 @@ class Swin(Pyramid):
         return Block(
             cfg.dims[i],
             self.mixer(i, j, lambda: attention(cfg.dims[i], cfg.num_heads[i], pattern, **kwargs)),
-            mlp_ratio=cfg.mlp_ratio,
+            mlp=Mlp(cfg.dims[i], cfg.mlp_dim(i), cfg.proj_drop_rate),
             drop_path=drop_path,
-            proj_drop=cfg.proj_drop_rate,
             layer_scale=cfg.layer_scale,
             post_norm=cfg.version == 2,
         )

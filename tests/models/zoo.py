@@ -15,9 +15,10 @@ SMALL = {
     "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
     "pvt": ("pvt_micro", "pvt_v2_micro", "pvt_tiny", "pvt_v2_b0"),
     "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
+    "van": ("van_micro",),
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
-MICRO = ("nat_micro", "pvt_micro", "pvt_v2_micro", "swin_micro", "swinv2_micro", "vit_micro")
+MICRO = ("nat_micro", "pvt_micro", "pvt_v2_micro", "swin_micro", "swinv2_micro", "van_micro", "vit_micro")
 
 
 def chosen(patterns: list[str]) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import deit, nat, pvt, swin, vit
+from vitzoo.models import deit, nat, pvt, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -21,5 +21,6 @@ __all__ = [
     "nat",
     "pvt",
     "swin",
+    "van",
     "vit",
 ]

@@ -4,21 +4,25 @@ from vitzoo.layers.agent import AgentAttention
 from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAttention
 from vitzoo.layers.blocks import Block
 from vitzoo.layers.conv import BatchNorm, ConvNorm, DepthwiseConv, init_by_fan_out
+from vitzoo.layers.deformable import DeformableAttention
 from vitzoo.layers.embed import ConvDownsample, ConvStem, OverlapPatchEmbed, PatchEmbed, PatchMerging, SpatialReduction
 from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
+from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
 from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
 
 __all__ = [
-    "BatchNorm",
-    "Block",
     "AgentAttention",
     "BatchNorm",
+    "Block",
+    "ChannelAttention",
     "ConvDownsample",
     "ConvNorm",
     "ConvStem",
+    "DeformableAttention",
     "DepthwiseConv",
     "DepthwiseMlp",
+    "FocusedLinearAttention",
     "Linear",
     "MixedAttention",
     "Mlp",

@@ -90,7 +90,16 @@ class Block(nn.Module):
         The mixer's output belongs to this block, so it becomes the residual stream; ``x`` is never written.
         """
         y = self.norm1(self.attn(x, *grid)) if self.post_norm else self.attn(self.norm1(x), *grid)
-        y = self.ls1(y).add_(x)
+        return self._feed_in_place(self.ls1(y).add_(x))
+
+    def feed(self, y: Tensor) -> Tensor:
+        """The second half of the block alone, the MLP and its residual; ``y`` is the caller's own and may be written to."""
+        if self._may_work_in_place(y):
+            return self._feed_in_place(y)
+        out = self.norm2(self.mlp(y)) if self.post_norm else self.mlp(self.norm2(y))
+        return y + self.drop_path2(self.ls2(out))
+
+    def _feed_in_place(self, y: Tensor) -> Tensor:
         tokens = max(1, y[0].numel() // y.shape[-1]) if len(y) else 1
         for part in y.split(max(1, CHUNK_TOKENS // tokens)):
             hidden = self.mlp.hidden(part if self.post_norm else self.norm2(part))

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "configure", "feature_take_indices", "pair"]
+__all__ = ["Backbone", "FeatureGetterNet", "configure", "feature_take_indices", "pair"]
 
 Config = TypeVar("Config")
 

@@ -1,0 +1,28 @@
+"""Token reduction: fewer tokens the deeper a plain transformer gets, on our models and on timm's.
+
+``reduce(model, "tome", r=13)`` puts a method into a model, ``restore(model)`` takes it out. A method is a function on
+tokens in a file of its own, with its learned part, if any, as a small module.
+"""
+
+from vitzoo.tokens import ats, dynamicvit, evit, tome, tps
+from vitzoo.tokens._map import TokenMap
+from vitzoo.tokens._schedule import KeepRate, merge_schedule
+from vitzoo.tokens._wrap import METHODS, Method, backbone_of, follow, is_reduced, reduce, restore
+
+__all__ = [
+    "METHODS",
+    "KeepRate",
+    "Method",
+    "TokenMap",
+    "ats",
+    "backbone_of",
+    "dynamicvit",
+    "evit",
+    "follow",
+    "is_reduced",
+    "merge_schedule",
+    "reduce",
+    "restore",
+    "tome",
+    "tps",
+]

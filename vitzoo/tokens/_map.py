@@ -1,0 +1,125 @@
+"""What a reduction made of tokens: which stay, which move into which, which are gone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[b, i]]`` for tokens ``[B, N, ...]`` and ``[B, M]``: whole rows, copied as such (a CPU likes that)."""
+    batch, length = x.shape[:2]
+    start = torch.arange(batch, device=x.device)[:, None] * length
+    flat = x.reshape(batch * length, *x.shape[2:]).index_select(0, (index + start).reshape(-1))
+    return flat.view(batch, index.shape[1], *x.shape[2:])
+
+
+def add_rows(y: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """``y[b, index[b, i]] += x[b, i]``, repeated indices included; ``y`` is written and returned."""
+    batch, length = y.shape[:2]
+    start = torch.arange(batch, device=y.device)[:, None] * length
+    flat = y.view(batch * length, *y.shape[2:])
+    flat.index_add_(0, (index + start).reshape(-1), x.reshape(batch * index.shape[1], *x.shape[2:]))
+    return y
+
+
+class TokenMap(NamedTuple):
+    """A step from N tokens to M, for every image of a batch.
+
+    Attributes:
+        kept: ``[B, M - made]``: the old token at each new place.
+        moved: ``[B, R]``: old tokens that go into another one.
+        into: ``[B, R]``: the new place of each.
+        length: N.
+        made: places at the end, without an old token, that exist only for what moves into them.
+
+    What is neither kept nor moved is dropped.
+    """
+
+    kept: Tensor
+    moved: Tensor
+    into: Tensor
+    length: int
+    made: int = 0
+
+    @property
+    def source(self) -> Tensor:
+        """``[B, N]``: the new place that stands for each old token; -1 where it was dropped."""
+        batch, count = self.kept.shape
+        source = torch.full((batch, self.length), -1, dtype=torch.long, device=self.kept.device)
+        source = source.scatter(1, self.kept, torch.arange(count, device=self.kept.device).expand(batch, count))
+        return source.scatter(1, self.moved, self.into)
+
+    def merge(self, x: Tensor, mode: str = "sum") -> Tensor:
+        """Bring what moves together with what stays.
+
+        Args:
+            x: ``[B, N, ...]``.
+            mode: "sum", "mean" (every old token counts once) or "amax".
+
+        Returns:
+            ``[B, M, ...]``.
+
+        Raises:
+            ValueError: another mode.
+        """
+        y = rows(x, self.kept)
+        if self.made:
+            y = torch.cat([y, y.new_zeros(y.shape[0], self.made, *y.shape[2:])], dim=1)
+        if mode == "amax":
+            where = self.into.view(*self.into.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+            return y.scatter_reduce(1, where, rows(x, self.moved), "amax", include_self=True)
+        if mode not in ("sum", "mean"):
+            raise ValueError(f"merge takes 'sum', 'mean' or 'amax', got '{mode}'.")
+        y = add_rows(y, self.into, rows(x, self.moved))
+        if mode == "sum":
+            return y
+        count = self.sizes(x.new_ones(x.shape[:2]))
+        return y / count.view(*count.shape, *(1,) * (x.ndim - 2))
+
+    def sizes(self, size: Tensor) -> Tensor:
+        """Old patches in each new token: ``[B, N]`` to ``[B, M]``."""
+        return self.merge(size)
+
+    def average(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Means weighted by size.
+
+        Args:
+            x: ``[B, N, C]``.
+            size: ``[B, N]``.
+
+        Returns:
+            ``[B, M, C]`` and the new sizes ``[B, M]``. A token that nothing moved into keeps its bits.
+        """
+        old, moving = rows(size, self.kept), rows(size, self.moved)
+        new = add_rows(old.clone(), self.into, moving)
+        y = rows(x, self.kept) * (old / new)[..., None]
+        share = moving / rows(new, self.into)
+        return add_rows(y, self.into, rows(x, self.moved) * share[..., None].to(x.dtype)), new
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Give every old token the value of what stands for it: ``[B, M, ...]`` to ``[B, N, ...]``; zeros for dropped ones."""
+        source = self.source
+        here = (source >= 0).view(*source.shape, *(1,) * (y.ndim - 2))
+        return torch.where(here, rows(y, source.clamp(min=0)), 0)
+
+
+def keep_only(kept: Tensor, length: int, made: int = 0) -> TokenMap:
+    """A map that drops everything but ``kept`` ``[B, M]``."""
+    nothing = kept[:, :0]
+    return TokenMap(kept, nothing, nothing, length, made)
+
+
+def complement(index: Tensor, length: int) -> Tensor:
+    """What ``index`` ``[B, M]`` leaves out of 0 .. length - 1, ascending: ``[B, length - M]``."""
+    batch, count = index.shape
+    free = torch.ones(batch, length, dtype=torch.long, device=index.device).scatter(1, index, 0)
+    return free.argsort(dim=1, descending=True, stable=True)[:, : length - count]
+
+
+def protect(index: Tensor, prefix: int) -> Tensor:
+    """Indices of patches ``[B, M]``, counted without the prefix tokens, as indices of tokens with all of those in front."""
+    first = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
+    return torch.cat([first, index + prefix], dim=1)

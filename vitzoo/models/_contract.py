@@ -107,7 +107,9 @@ class Backbone(nn.Module):
         own = {name for name, _ in self.named_parameters() if any(part in name.split(".") for part in self.NO_DECAY)}
         for prefix, module in self.named_modules():
             own |= {
-                f"{prefix}.{name}" for name in getattr(module, "NO_DECAY", ()) if module is not self and hasattr(module, name)
+                f"{prefix}.{name}"
+                for name in getattr(module, "NO_DECAY", ())
+                if module is not self and getattr(module, name, None) is not None
             }
         return own
 

@@ -12,13 +12,14 @@ import vitzoo
 # The smallest models that together hold every piece of every family. Costly checks take the micro ones.
 SMALL = {
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+    "maxvit": ("maxvit_micro", "maxvit_tiny_tf_224"),
     "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
     "pvt": ("pvt_micro", "pvt_v2_micro", "pvt_tiny", "pvt_v2_b0"),
     "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
     "van": ("van_micro",),
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
-MICRO = ("nat_micro", "pvt_micro", "pvt_v2_micro", "swin_micro", "swinv2_micro", "van_micro", "vit_micro")
+MICRO = ("maxvit_micro", "nat_micro", "pvt_micro", "pvt_v2_micro", "swin_micro", "swinv2_micro", "van_micro", "vit_micro")
 
 
 def chosen(patterns: list[str]) -> tuple[list[str], list[str]]:
@@ -30,7 +31,7 @@ def chosen(patterns: list[str]) -> tuple[list[str], list[str]]:
 
 
 def build(name: str, **kwargs: object) -> nn.Module:
-    """A model in eval mode whose parameters are all off their initial value.
+    """A model in eval mode whose parameters and batch statistics are all off their initial value.
 
     A layer scale of 1e-5, a norm of zero or a bias table of zeros would hide what stands behind it.
     """
@@ -39,6 +40,9 @@ def build(name: str, **kwargs: object) -> nn.Module:
         model = vitzoo.create_model(name, **kwargs)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 1.5)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import deit, nat, pvt, swin, van, vit
+from vitzoo.models import deit, maxvit, nat, pvt, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -17,6 +17,7 @@ __all__ = [
     "list_families",
     "list_mixers",
     "list_models",
+    "maxvit",
     "model_info",
     "nat",
     "pvt",

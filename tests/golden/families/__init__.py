@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.golden.families import nat, ops, swin, van
+from tests.golden.families import maxvit, nat, ops, swin, van
 from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "swin": swin.check,
     "swinv2": swin.check,
+    "maxvit": maxvit.check,
     "nat": nat.check,
     "van": van.check,
     "ops": ops.check,

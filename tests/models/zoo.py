@@ -11,6 +11,7 @@ import vitzoo
 
 # The smallest models that together hold every piece of every family. Costly checks take the micro ones.
 SMALL = {
+    "cswin": ("cswin_micro", "cswin_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
     "maxvit": ("maxvit_micro", "maxvit_tiny_tf_224"),
     "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),

@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import deit, maxvit, nat, pvt, swin, van, vit
+from vitzoo.models import cswin, deit, maxvit, nat, pvt, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -13,6 +13,7 @@ from vitzoo.models._registry import (
 __all__ = [
     "ModelInfo",
     "create_model",
+    "cswin",
     "deit",
     "list_families",
     "list_mixers",

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExcite, trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, Mlp, PatternAttention, linear
@@ -153,6 +154,7 @@ def init_convolutions(module: nn.Module) -> None:
                 nn.init.zeros_(each.bias)
 
 
+@register_notrace_module
 class Stem(nn.Module):
     """Two 3x3 convolutions with norm and GELU between: ``[B, in_chans, H, W]`` to ``[B, ceil(H / 2), ceil(W / 2), C]``."""
 
@@ -189,6 +191,7 @@ class Shortcut(nn.Module):
         return self.expand(mean_of_cells(x) if self.flavor == "tf" else F.avg_pool2d(x, 3, 2, 1))
 
 
+@register_notrace_module  # traced apart its norms would not be folded, and the last bits would differ
 class MBConv(nn.Module):
     """Inverted bottleneck, pre-norm, with squeeze and excite; it goes down in the depthwise convolution.
 

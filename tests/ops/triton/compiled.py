@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time, as their launches would: no GPU is needed for registers, spills and shared memory.
 
-`recorded` runs `launch` on meta tensors with the launches themselves replaced; `compile_launch` does for one of them what
+`recorded` runs a call on meta tensors with the launches themselves replaced; `compile_launch` does for one of them what
 Triton's just-in-time path does: types, values worth a specialisation, alignment, then `triton.compile`, cached on disk.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from vitzoo.ops.attend.triton import launch as attend
 from vitzoo.ops.attend2d.triton import choose, launch
 from vitzoo.patterns import Pattern
 
@@ -38,8 +40,8 @@ class Usage(NamedTuple):
     warps: int
 
 
-def recorded(monkeypatch, arch: int, pattern: Pattern, size, N: int, D: int, dtype=torch.bfloat16, bias=True) -> list[Launch]:
-    """The launches of one forward and backward at batch 256, on a GPU of capability `arch`."""
+def recorded(monkeypatch, arch: int, run: Callable[[], object]) -> list[Launch]:
+    """The launches of `run`, which works on meta tensors, as a GPU of capability `arch` would get them."""
     launches = []
 
     def record(kernel, *positional, grid, warmup, **named):
@@ -48,14 +50,30 @@ def recorded(monkeypatch, arch: int, pattern: Pattern, size, N: int, D: int, dty
         launches.append(Launch(kernel, arguments, {n: value for n, value in named.items() if n not in kernel.arg_names}))
 
     monkeypatch.setattr(triton.JITFunction, "run", record)
-    monkeypatch.setattr(choose, "architecture", lambda tensor: arch)
+    for module in (choose, attend):
+        monkeypatch.setattr(module, "architecture", lambda tensor: arch)
+    run()
+    monkeypatch.undo()
+    return launches
+
+
+def run_attend2d(pattern: Pattern, size, N: int, D: int, dtype=torch.bfloat16, bias=True) -> None:
+    """A forward and backward of attend2d at batch 256."""
     q, k, v = torch.empty(256, *size, 3, N, D, dtype=dtype, device="meta").unbind(3)
     reach_y, reach_x = pattern.reach(*size)
     table = torch.empty(N, 2 * reach_y + 1, 2 * reach_x + 1, device="meta") if bias else None
     out, lse = launch.forward(q, k, v, pattern, table, 0.1)
     launch.backward(torch.empty_like(out), None, q, k, v, pattern, table, 0.1, out, lse)
-    monkeypatch.undo()
-    return launches
+
+
+def run_attend(L: int, S: int, N: int, D: int, dtype=torch.bfloat16, bias=True, key_bias=True) -> None:
+    """A forward and backward of attend at batch 256, k and v out of one projection."""
+    q = torch.empty(256, L, N, D, dtype=dtype, device="meta")
+    k, v = torch.empty(256, S, 2, N, D, dtype=dtype, device="meta").unbind(2)
+    pairs = torch.empty(N, L, S, device="meta") if bias else None
+    keys = torch.empty(256, S, device="meta") if key_bias else None
+    out, lse = attend.forward(q, k, v, pairs, keys, 0.1)
+    attend.backward(torch.empty_like(out), None, q, k, v, pairs, keys, out, lse, 0.1)
 
 
 def compile_launch(one: Launch, arch: int) -> Usage:

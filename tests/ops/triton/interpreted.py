@@ -1,7 +1,8 @@
 """The kernels in Triton's interpreter: a process of its own, because TRITON_INTERPRET counts when triton is first imported.
 
-Reads names of `CASES` from standard input, one a line, and answers each with a line of JSON: the largest absolute error of
-every result against the fp64 oracle, relative to the largest value where that exceeds 1; or {"raised": traceback}.
+Reads names of `CASES`, or of `attend_cases.CASES`, from standard input, one a line, and answers each with a line of JSON: the
+largest absolute error of every result against the fp64 oracle, relative to the largest value where that exceeds 1; or
+{"raised": traceback}.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.ops.triton import oracle
+from tests.ops.triton import attend_cases, oracle
 from vitzoo.patterns import (
     Pattern,
     Span,
@@ -121,7 +122,11 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = True
     for line in sys.stdin:
         try:
-            answer = spans() if line.strip() == "spans" else measure(CASES[line.strip()])
+            name = line.strip()
+            if name in attend_cases.CASES:
+                answer = attend_cases.measure(attend_cases.CASES[name])
+            else:
+                answer = spans() if name == "spans" else measure(CASES[name])
         except Exception:
             answer = {"raised": traceback.format_exc()}
         print(json.dumps(answer), flush=True)

@@ -31,6 +31,15 @@ CASES = {
 }
 
 
+# name: queries, keys, heads, head dimension, dtype, bias of pairs, bias of keys, bytes a thread may spill
+ATTEND = {
+    "197 tokens, sizes": (197, 197, 6, 64, torch.bfloat16, False, True, STACK),
+    "49 agents of 3136 keys": (49, 3136, 3, 32, torch.bfloat16, True, False, STACK),
+    "d 256": (196, 196, 2, 256, torch.float16, False, False, STACK),
+    "fp32": (196, 49, 4, 32, torch.float32, True, True, 2 * STACK),  # three products for each, as above
+}
+
+
 ONCE = ("neighborhood 13, d 256", "neighborhood 7, fp32")  # as good as alike on all generations, and slow to compile
 
 
@@ -38,18 +47,34 @@ ONCE = ("neighborhood 13, d 256", "neighborhood 7, fp32")  # as good as alike on
     ("name", "arch"), [(name, arch) for name in CASES for arch in (80, 90, 100) if arch == 80 or name not in ONCE]
 )
 def test_kernels_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
-    from tests.ops.triton.compiled import compile_launch, recorded
+    from tests.ops.triton.compiled import recorded, run_attend2d
 
-    pattern, size, heads, dim, dtype, bias, stack = CASES[name]
+    *call, stack = CASES[name]
+    launches = recorded(monkeypatch, arch, lambda: run_attend2d(*call))
+    if name != "neighborhood 7":
+        launches = [
+            one for one in launches if one.kernel.__name__ not in ("widen_table", "sum_partials")
+        ]  # the same everywhere
+    check(launches, arch, name, stack)
+
+
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in ATTEND for arch in (80, 90, 100)])
+def test_attends_kernels_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
+    from tests.ops.triton.compiled import recorded, run_attend
+
+    *call, stack = ATTEND[name]
+    check(recorded(monkeypatch, arch, lambda: run_attend(*call)), arch, name, stack)
+
+
+def check(launches, arch, name, stack):
+    from tests.ops.triton.compiled import compile_launch
+
     too_much = []
-    for one in recorded(monkeypatch, arch, pattern, size, heads, dim, dtype, bias):
-        kernel = one.kernel.__name__
-        if kernel in ("widen_table", "sum_partials") and name != "neighborhood 7":
-            continue  # the same everywhere
+    for one in launches:
         usage = compile_launch(one, arch)
-        print(f"sm_{arch} {name:30s} {kernel:20s} {usage}")
+        print(f"sm_{arch} {name:30s} {one.kernel.__name__:20s} {usage}")
         if usage.stack > stack or usage.shared > SHARED:
-            too_much.append((kernel, usage))
+            too_much.append((one.kernel.__name__, usage))
     assert not too_much, f"more than {stack} bytes of stack or {SHARED} of shared memory"
 
 
@@ -59,11 +84,11 @@ def test_a_new_resolution_or_dilation_compiles_nothing(monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    from tests.ops.triton.compiled import recorded
+    from tests.ops.triton.compiled import recorded, run_attend2d
 
     def keys(pattern, size):
         backend, result = type(make_backend(GPUTarget("cuda", 90, 32))), []
-        for kernel, arguments, options in recorded(monkeypatch, 90, pattern, size, 3, 32):
+        for kernel, arguments, options in recorded(monkeypatch, 90, lambda: run_attend2d(pattern, size, 3, 32)):
             key = [kernel.__name__, sorted(options.items())]
             for p in kernel.params:
                 value = arguments[p.name]

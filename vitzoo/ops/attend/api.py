@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import autocast, check_tensors, default_scale
-from vitzoo.ops.attend import reference, sdpa
+from vitzoo.ops.attend import reference, sdpa, triton
 
 
 class AttendCall(NamedTuple):
@@ -113,6 +113,8 @@ OP = Op(
     prepare,
     (
         Implementation("sdpa", sdpa.supports, sdpa.run),
+        # behind sdpa, which takes every call, for the reason that attend2d gives
+        Implementation("triton", triton.supports, triton.run),
         Implementation("reference", reference.supports, reference.run),
     ),
 )

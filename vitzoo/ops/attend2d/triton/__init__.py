@@ -8,55 +8,23 @@ interpreter runs the same kernels on CPU tensors; that is how CI checks them.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from vitzoo.ops._triton.limits import DTYPES, why_not
 from vitzoo.patterns import Pattern
-
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def supports(call) -> str | None:
     """None, or why these kernels cannot run an `Attend2dCall`."""
-    q = call.q
-    if not INSTALLED:
-        return "the package triton is not installed."
-    if torch.compiler.is_exporting():
-        return "exported graphs hold PyTorch's own operations only."
-    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
-        return f"it needs a CUDA device, got {q.device.type}."
-    if q.device.type == "cuda" and _capability(q.device.index) < 80:
-        return "it needs a GPU of compute capability 8.0 or later."
-    if q.dtype not in DTYPES:
-        return f"it runs float16, bfloat16 and float32, got {q.dtype}."
-    if q.dtype == torch.bfloat16 and INTERPRETED:
-        return "Triton's interpreter cannot multiply bfloat16."
+    reason = why_not(q=call.q, k=call.k, v=call.v)
+    if reason is not None:
+        return reason
     if call.bias is not None and call.bias.dtype not in DTYPES:
         return f"it takes a bias of float16, bfloat16 or float32, got {call.bias.dtype}."
-    B, H, W, N, D = q.shape
-    if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
-        return f"it runs head dimensions {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}."
-    for name, tensor in (("q", q), ("k", call.k), ("v", call.v)):
-        if tensor.stride(-1) != 1:
-            return f"the head dimension of {name} is not contiguous (stride {tensor.stride(-1)})."
-        if sum((n - 1) * s for n, s in zip((H, W, N, D), tensor.stride()[1:], strict=True)) >= 2**31:
-            return f"one image of {name} spans 2^31 elements or more."
-    if H * W * N * D >= 2**31:
-        return "one image of the output holds 2^31 elements or more."
-    if B * H * W * N >= 2**31:  # the number of programs, and tokens of all images, are counted in 32 bits
+    if call.q.shape[:-1].numel() >= 2**31:  # the number of programs, and tokens of all images, are counted in 32 bits
         return "batch x height x width x heads is 2^31 or more."
     return None
-
-
-def _capability(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 def run(call) -> tuple[Tensor, Tensor]:

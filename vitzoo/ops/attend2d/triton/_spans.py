@@ -14,12 +14,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from vitzoo.ops._triton.tokens import LOG2E
 from vitzoo.patterns import Span
 
 NO_KEY = tl.constexpr(1 << 30)  # a key that is not there lies beyond every run,
 NO_QUERY = tl.constexpr(-(1 << 30))  # and the run of a query that is not there begins below every key
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 # ---- who sees whom -------------------------------------------------------------------------------------------------------
@@ -111,26 +110,6 @@ def tile_extent(t, plan, length, BLOCK: tl.constexpr):
 def class_length(n, r, step):
     """How many of `n` coordinates leave residue `r` (`Span.length`)."""
     return (n - r + step - 1) // step
-
-
-@triton.jit
-def load_tokens(base, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `base + offsets` of D numbers as `[rows, BLOCK_D]`; zero where a token or a channel does not exist."""
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if D != BLOCK_D:
-        mask = mask & (d < D)[None, :]
-    return tl.load(base + (offsets[:, None] + d[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tokens(base, offsets, inside, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The reverse of `load_tokens`."""
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if D != BLOCK_D:
-        mask = mask & (d < D)[None, :]
-    tl.store(base + (offsets[:, None] + d[None, :]), value.to(base.dtype.element_ty), mask=mask)
 
 
 # ---- the bias and the mask of a pair -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vitzoo.ops._triton.host import architecture, power
 from vitzoo.ops.attend2d.triton import _spans
 from vitzoo.patterns import Pattern, Span
 
@@ -33,11 +34,6 @@ class Tiles(NamedTuple):
 # (schedule, pass, size_y, size_x, BLOCK_D, arch, dtype) -> Tiles, where a measurement beats the rule. None was made yet on a
 # GPU; an entry belongs here only with the benchmark's table in the commit.
 TUNED: dict[tuple, Tiles] = {}
-
-
-def power(n: int) -> int:
-    """The power of two not below `n`."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 class Problem(NamedTuple):
@@ -77,11 +73,6 @@ def _problem(shape: tuple[int, ...], pattern: Pattern, dtype: torch.dtype, arch:
     B, H, W, N, D = shape
     spans = pattern.resolve(H, W)
     return Problem(B, H, W, N, D, spans.rows, spans.cols, pattern.reach(H, W), dtype, arch)
-
-
-def architecture(tensor: Tensor) -> int:
-    """80, 90, 100, ... for a CUDA tensor; 0 in the interpreter."""
-    return torch.cuda.get_device_capability(tensor.device)[0] * 10 if tensor.is_cuda else 0
 
 
 @functools.lru_cache(1024)

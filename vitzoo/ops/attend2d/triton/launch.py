@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-
 import torch
 from torch import Tensor
 
+from vitzoo.ops._triton.host import common_unit, inside_int32, on_device, power, precision
 from vitzoo.ops.attend2d.triton import _spans, choose, partition, walk
 from vitzoo.ops.attend2d.triton.choose import Problem, Tiles
 from vitzoo.patterns import Pattern
@@ -142,7 +140,7 @@ def sum_into(partials: Tensor, dbias: Tensor, y: int, x: int) -> None:
     """Sum `[programs, N, EY, EX]` over programs into the block of `dbias` that begins at (y, x): two passes when many."""
     programs, N, EY, EX = partials.shape
     rows, block = 16, min(64, EY * EX)
-    group = max(rows, choose.power(programs) >> (choose.power(programs).bit_length() // 2))
+    group = max(rows, power(programs) >> (power(programs).bit_length() // 2))
     dims = (N, *dbias.shape[1:], y, x, EY, EX, rows, block)
     columns = N * (EY * EX // block)
     if programs > group:
@@ -153,32 +151,6 @@ def sum_into(partials: Tensor, dbias: Tensor, y: int, x: int) -> None:
     _spans.sum_partials[(columns,)](partials, dbias, programs, programs, *dims, FINAL=1)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 inputs are rounded, as PyTorch's own matrix products are told to: to TF32, or not.
-
-    Three TF32 products keep fp32's accuracy; exact ones ("ieee") leave the tensor cores, and their registers spill by the
-    thousand at these tiles. Products of half types do not look at this.
-    """
-    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def strides(unit: int, **tensors: Tensor) -> dict[str, int]:
     """`q_b, q_y, q_x, q_n, ...` in units of `unit` elements."""
     return {f"{name}_{axis}": tensor.stride(dim) // unit for name, tensor in tensors.items() for dim, axis in enumerate("byxn")}
-
-
-def common_unit(*tensors: Tensor) -> int:
-    """The largest of 8, 4, 2, 1 that divides every stride: the compiler then knows that rows begin on 16 bytes.
-
-    Triton itself looks at divisibility by 16 only, and would lose 16-byte loads silently at head dimension 24.
-    """
-    return math.gcd(8, *(t.stride(dim) for t in tensors for dim in range(4)))
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def inside_int32(tensor: Tensor) -> bool:
-    """Whether one image's elements lie within 2^31 of its first: kernels count there in 32 bits."""
-    return sum((n - 1) * abs(s) for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) < 2**31

@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitzoo.ops._triton.tokens import LN2, LOG2E, load_tokens, store_tokens
 from vitzoo.ops.attend2d.triton import _spans
-from vitzoo.ops.attend2d.triton._spans import LN2, LOG2E
 
 _MAP = ["H", "W", "size_y", "size_x", "stride_y", "stride_x", "shift_y", "shift_x", "reach_y", "reach_x"]
 _PLAN = ["tiles_y", "tiles_x", "origin_y", "origin_x", "period_y", "period_x", "tiles", "RUN"]
@@ -72,11 +72,11 @@ def partition_forward(
             tile, H, W, step_y, step_x, tiles_y, tiles_x,
             (origin_y, period_y, 1), (origin_x, period_x, 1), TY, TX,
         )  # fmt: skip
-        queries = _spans.load_tokens(
+        queries = load_tokens(
             q + (image * q_b + head * q_n) * UNIT, (y * q_y + x * q_x) * UNIT, inside, D, BLOCK_D
         )  # [T, BLOCK_D]
-        keys = _spans.load_tokens(k + (image * k_b + head * k_n) * UNIT, (y * k_y + x * k_x) * UNIT, inside, D, BLOCK_D)
-        values = _spans.load_tokens(v + (image * v_b + head * v_n) * UNIT, (y * v_y + x * v_x) * UNIT, inside, D, BLOCK_D)
+        keys = load_tokens(k + (image * k_b + head * k_n) * UNIT, (y * k_y + x * k_x) * UNIT, inside, D, BLOCK_D)
+        values = load_tokens(v + (image * v_b + head * v_n) * UNIT, (y * v_y + x * v_x) * UNIT, inside, D, BLOCK_D)
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2  # [T, T], in powers of two
         if bias is not None:
             s += pair_bias
@@ -87,7 +87,7 @@ def partition_forward(
         o = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, None]
         token = (y * W + x) * heads + head
         here = image * H * W * heads
-        _spans.store_tokens(out + here * D, token * D, inside, o, D, BLOCK_D)
+        store_tokens(out + here * D, token * D, inside, o, D, BLOCK_D)
         tl.store(lse + here + token, (top + tl.log2(total)) * LN2, mask=inside)
 
 
@@ -119,12 +119,12 @@ def partition_backward(
         )  # fmt: skip
         token = (y * W + x) * heads + head
         here = image * H * W * heads
-        queries = _spans.load_tokens(
+        queries = load_tokens(
             q + (image * q_b + head * q_n) * UNIT, (y * q_y + x * q_x) * UNIT, inside, D, BLOCK_D
         )  # [T, BLOCK_D]
-        keys = _spans.load_tokens(k + (image * k_b + head * k_n) * UNIT, (y * k_y + x * k_x) * UNIT, inside, D, BLOCK_D)
-        values = _spans.load_tokens(v + (image * v_b + head * v_n) * UNIT, (y * v_y + x * v_x) * UNIT, inside, D, BLOCK_D)
-        do = _spans.load_tokens(grad + (image * g_b + head * g_n) * UNIT, (y * g_y + x * g_x) * UNIT, inside, D, BLOCK_D)
+        keys = load_tokens(k + (image * k_b + head * k_n) * UNIT, (y * k_y + x * k_x) * UNIT, inside, D, BLOCK_D)
+        values = load_tokens(v + (image * v_b + head * v_n) * UNIT, (y * v_y + x * v_x) * UNIT, inside, D, BLOCK_D)
+        do = load_tokens(grad + (image * g_b + head * g_n) * UNIT, (y * g_y + x * g_x) * UNIT, inside, D, BLOCK_D)
         # of a query that is not there: so large that its probabilities are zero without a mask
         lse2 = tl.load(lse + here + token, mask=inside, other=1.0e30) * LOG2E
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2
@@ -132,7 +132,7 @@ def partition_backward(
             s += pair_bias
         p = tl.where(inside[None, :], tl.exp2(s - lse2[:, None]), 0.0)
         d_values = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-        _spans.store_tokens(dv + here * D, token * D, inside, d_values, D, BLOCK_D)
+        store_tokens(dv + here * D, token * D, inside, d_values, D, BLOCK_D)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
         less = tl.sum(p * dp, 1)
         if dlse is not None:
@@ -142,9 +142,9 @@ def partition_backward(
             pairs += ds
         half = ds.to(queries.dtype)
         d_queries = tl.dot(half, keys, input_precision=PRECISION) * scale
-        _spans.store_tokens(dq + here * D, token * D, inside, d_queries, D, BLOCK_D)
+        store_tokens(dq + here * D, token * D, inside, d_queries, D, BLOCK_D)
         d_keys = tl.dot(tl.trans(half), queries, input_precision=PRECISION) * scale
-        _spans.store_tokens(dk + here * D, token * D, inside, d_keys, D, BLOCK_D)
+        store_tokens(dk + here * D, token * D, inside, d_keys, D, BLOCK_D)
 
     if partials is not None:
         # once per program: fp32 accuracy costs nothing here

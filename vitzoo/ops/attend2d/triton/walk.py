@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitzoo.ops._triton.tokens import LN2, LOG2E, load_tokens, store_tokens
 from vitzoo.ops.attend2d.triton import _spans
-from vitzoo.ops.attend2d.triton._spans import LN2, LOG2E
 
 # Integers that change with the resolution, the dilation or the batch: no value of theirs may cause another compilation.
 _MAP = ["H", "W", "size_y", "size_x", "shift_y", "shift_x", "wide_y", "wide_x", "tiles_y", "tiles_x", "origin_y", "origin_x"]
@@ -55,9 +55,7 @@ def walk_forward(
     in_q = in_y & in_x
     y, x = my * step_y + ry, mx * step_x + rx
     image = b.to(tl.int64)
-    queries = _spans.load_tokens(
-        q + (image * q_b + head * q_n) * UNIT, (y * q_y + x * q_x) * UNIT, in_q, D, BLOCK_D
-    )  # [Q, BLOCK_D]
+    queries = load_tokens(q + (image * q_b + head * q_n) * UNIT, (y * q_y + x * q_x) * UNIT, in_q, D, BLOCK_D)  # [Q, BLOCK_D]
     k += (image * k_b + head * k_n) * UNIT
     v += (image * v_b + head * v_n) * UNIT
     width = 2 * wide_x + 2
@@ -84,8 +82,8 @@ def walk_forward(
             place_y, in_w = _spans.key_places(w, from_y, to_y)
             sees_y = _spans.sees(place_y[None, :], start_y[:, None], size_y)
             ky, kx, in_k = w * step_y + ry, u * step_x + rx, in_u & in_w
-            keys = _spans.load_tokens(k, (ky * k_y + kx * k_x) * UNIT, in_k, D, BLOCK_D)  # [K, BLOCK_D]
-            values = _spans.load_tokens(v, (ky * v_y + kx * v_x) * UNIT, in_k, D, BLOCK_D)
+            keys = load_tokens(k, (ky * k_y + kx * k_x) * UNIT, in_k, D, BLOCK_D)  # [K, BLOCK_D]
+            values = load_tokens(v, (ky * v_y + kx * v_x) * UNIT, in_k, D, BLOCK_D)
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2  # [Q, K], in powers of two
             s = tl.where(sees_y, _spans.add_part(s, table, part, at_y * width), float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
@@ -98,7 +96,7 @@ def walk_forward(
     total = tl.where(in_q, total, 1.0)  # nothing is stored there, but 1 / 0 would warn in the interpreter
     token = (y * W + x) * heads + head
     here = image * H * W * heads
-    _spans.store_tokens(out + here * D, token * D, in_q, acc * (1.0 / total)[:, None], D, BLOCK_D)
+    store_tokens(out + here * D, token * D, in_q, acc * (1.0 / total)[:, None], D, BLOCK_D)
     tl.store(lse + here + token, (top + tl.log2(total)) * LN2, mask=in_q)
 
 
@@ -148,13 +146,11 @@ def walk_dq(
         token = (y * W + x) * heads + head
         here = image * H * W * heads
 
-        queries = _spans.load_tokens(
+        queries = load_tokens(
             q + (image * q_b + head * q_n) * UNIT, (y * q_y + x * q_x) * UNIT, in_q, D, BLOCK_D
         )  # [Q, BLOCK_D]
-        do = _spans.load_tokens(
-            grad + (image * g_b + head * g_n) * UNIT, (y * g_y + x * g_x) * UNIT, in_q, D, BLOCK_D
-        )  # [Q, BLOCK_D]
-        o = _spans.load_tokens(out + here * D, token * D, in_q, D, BLOCK_D)
+        do = load_tokens(grad + (image * g_b + head * g_n) * UNIT, (y * g_y + x * g_x) * UNIT, in_q, D, BLOCK_D)  # [Q, BLOCK_D]
+        o = load_tokens(out + here * D, token * D, in_q, D, BLOCK_D)
         less = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if dlse is not None:
             less -= tl.load(dlse + here + token, mask=in_q, other=0.0)
@@ -180,8 +176,8 @@ def walk_dq(
                 place_y, in_w = _spans.key_places(w, from_y, to_y)
                 sees_y = _spans.sees(place_y[None, :], start_y[:, None], size_y)
                 ky, kx, in_k = w * step_y + ry, u * step_x + rx, in_u & in_w
-                keys = _spans.load_tokens(k_here, (ky * k_y + kx * k_x) * UNIT, in_k, D, BLOCK_D)
-                values = _spans.load_tokens(v_here, (ky * v_y + kx * v_x) * UNIT, in_k, D, BLOCK_D)
+                keys = load_tokens(k_here, (ky * k_y + kx * k_x) * UNIT, in_k, D, BLOCK_D)
+                values = load_tokens(v_here, (ky * v_y + kx * v_x) * UNIT, in_k, D, BLOCK_D)
                 s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2  # [Q, K]
                 s = _spans.add_part(s, table, part, at_y * width)
                 p = tl.where(sees_y, tl.exp2(s - lse2[:, None]), 0.0)
@@ -193,7 +189,7 @@ def walk_dq(
                     dy, dx = at_y - lo_y + middle_y, at_x - lo_x + middle_x
                     summed += _spans.sum_by_offset(ds, QY, QX, KY, KX, dy, dx, EY, EX, PRECISION)
         if WRITE_DQ:
-            _spans.store_tokens(dq + here * D, token * D, in_q, acc * scale, D, BLOCK_D)
+            store_tokens(dq + here * D, token * D, in_q, acc * scale, D, BLOCK_D)
 
     if partials is not None:
         e = tl.arange(0, EY)[:, None] * EX + tl.arange(0, EX)[None, :]
@@ -229,12 +225,8 @@ def walk_dkv(
     ky, kx = w * step_y + ry, u * step_x + rx
     image = b.to(tl.int64)
     here = image * H * W * heads
-    keys = _spans.load_tokens(
-        k + (image * k_b + head * k_n) * UNIT, (ky * k_y + kx * k_x) * UNIT, in_k, D, BLOCK_D
-    )  # [K, BLOCK_D]
-    values = _spans.load_tokens(
-        v + (image * v_b + head * v_n) * UNIT, (ky * v_y + kx * v_x) * UNIT, in_k, D, BLOCK_D
-    )  # [K, BLOCK_D]
+    keys = load_tokens(k + (image * k_b + head * k_n) * UNIT, (ky * k_y + kx * k_x) * UNIT, in_k, D, BLOCK_D)  # [K, BLOCK_D]
+    values = load_tokens(v + (image * v_b + head * v_n) * UNIT, (ky * v_y + kx * v_x) * UNIT, in_k, D, BLOCK_D)  # [K, BLOCK_D]
     q += (image * q_b + head * q_n) * UNIT
     grad += (image * g_b + head * g_n) * UNIT
     lse += here + head
@@ -260,8 +252,8 @@ def walk_dkv(
             start_y, in_y = _spans.query_runs(my, from_y, to_y, rows, len_y, CLAMP_Y)
             sees_y = _spans.sees(place_y[:, None], start_y[None, :], size_y)
             y, x, in_q = my * step_y + ry, mx * step_x + rx, in_y & in_x
-            queries = _spans.load_tokens(q, (y * q_y + x * q_x) * UNIT, in_q, D, BLOCK_D)  # [Q, BLOCK_D]
-            do = _spans.load_tokens(grad, (y * g_y + x * g_x) * UNIT, in_q, D, BLOCK_D)
+            queries = load_tokens(q, (y * q_y + x * q_x) * UNIT, in_q, D, BLOCK_D)  # [Q, BLOCK_D]
+            do = load_tokens(grad, (y * g_y + x * g_x) * UNIT, in_q, D, BLOCK_D)
             token = (y * W + x) * heads
             lse2 = tl.load(lse + token, mask=in_q, other=0.0) * LOG2E
             less = tl.load(delta + token, mask=in_q, other=0.0)
@@ -275,5 +267,5 @@ def walk_dkv(
             acc_k = tl.dot(dst.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
     token = ((ky * W + kx) * heads + head) * D
-    _spans.store_tokens(dk + here * D, token, in_k, acc_k * scale, D, BLOCK_D)
-    _spans.store_tokens(dv + here * D, token, in_k, acc_v, D, BLOCK_D)
+    store_tokens(dk + here * D, token, in_k, acc_k * scale, D, BLOCK_D)
+    store_tokens(dv + here * D, token, in_k, acc_v, D, BLOCK_D)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ops.triton import attend_cases
 from tests.ops.triton.interpreted import CASES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -48,6 +49,15 @@ def interpreter():
 def test_kernels_give_the_oracles_values_and_gradients(interpreter, name):
     case, errors = CASES[name], interpreter(name)
     assert set(errors) == {"out", "lse", "dq", "dk", "dv"} | ({"dbias"} if case.bias else set())
+    wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
+    assert not wrong, f"{name}: largest errors {errors}"
+
+
+@pytest.mark.parametrize("name", attend_cases.CASES)
+def test_attend_gives_the_oracles_values_and_gradients(interpreter, name):
+    case, errors = attend_cases.CASES[name], interpreter(name)
+    biases = {"dbias": case.bias is not None, "dkey_bias": case.key_bias}
+    assert set(errors) == {"out", "lse", "dq", "dk", "dv", *(bias for bias, given in biases.items() if given)}
     wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
     assert not wrong, f"{name}: largest errors {errors}"
 

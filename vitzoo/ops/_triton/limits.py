@@ -1,0 +1,45 @@
+"""What no kernel of ours takes, in one sentence each; importable without triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(q: Tensor, **others: Tensor) -> str | None:
+    """None, or what about the tensors (`[B, ..., N, D]`, those besides q by name) our kernels cannot run."""
+    if not INSTALLED:
+        return "the package triton is not installed."
+    if torch.compiler.is_exporting():
+        return "exported graphs hold PyTorch's own operations only."
+    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
+        return f"it needs a CUDA device, got {q.device.type}."
+    if q.device.type == "cuda" and _capability(q.device.index) < 80:
+        return "it needs a GPU of compute capability 8.0 or later."
+    if q.dtype not in DTYPES:
+        return f"it runs float16, bfloat16 and float32, got {q.dtype}."
+    if q.dtype == torch.bfloat16 and INTERPRETED:
+        return "Triton's interpreter cannot multiply bfloat16."
+    if not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
+        return f"it runs head dimensions {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}."
+    for name, tensor in {"q": q, **others}.items():
+        if tensor.stride(-1) != 1:
+            return f"the head dimension of {name} is not contiguous (stride {tensor.stride(-1)})."
+        if sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
+            return f"one image of {name} spans 2^31 elements or more."
+    if q[0:1].numel() >= 2**31:
+        return "one image of the output holds 2^31 elements or more."
+    return None
+
+
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

@@ -1,0 +1,81 @@
+"""attend in Triton: tiles of queries over tiles of keys, split where one side is short.
+
+Loaded, registered and interpreted as those of attend2d are: see `vitzoo.ops.attend2d.triton`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._triton.limits import DTYPES, why_not
+
+
+def supports(call) -> str | None:
+    """None, or why these kernels cannot run an `AttendCall`."""
+    reason = why_not(q=call.q, k=call.k, v=call.v)
+    if reason is not None:
+        return reason
+    B, L, N, _ = call.q.shape
+    S = call.k.shape[1]
+    for name, bias in (("bias", call.bias), ("key_bias", call.key_bias)):
+        if bias is not None and bias.dtype not in DTYPES:
+            return f"it takes a {name} of float16, bfloat16 or float32, got {bias.dtype}."
+    if call.bias is not None:
+        rows, cols = (1, 1, *call.bias.shape)[-2:]
+        if (rows, cols) != (L, S):
+            return f"its bias has an entry for each of {L} x {S} pairs, got {rows} x {cols}; key_bias is for one per key."
+    if L * S >= 2**31 or B * N * max(L, S) >= 2**31:
+        return "it counts scores of one head, and tokens of all images, in 32 bits: there are 2^31 or more."
+    return None
+
+
+def run(call) -> tuple[Tensor, Tensor]:
+    """(out `[B, L, N, D]`, lse `[B, L, N]`) of a supported `AttendCall`."""
+    arguments = call.q, call.k, call.v, call.bias, call.key_bias, call.scale
+    if call.q.device.type == "cuda":
+        return torch.ops.vitzoo.attend(*arguments)
+    return _Interpreted.apply(*arguments)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The op's forward: out in the dtype of q, lse in fp32, both contiguous."""
+    from vitzoo.ops.attend.triton import launch
+
+    return launch.forward(q, k, v, bias, key_bias, scale)
+
+
+def backward(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_bias: Tensor | None,
+    out: Tensor, lse: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op's backward: dq, dk, dv, and the biases' gradients (empty where there is no bias)."""
+    from vitzoo.ops.attend.triton import launch
+
+    dq, dk, dv, dbias, dkey = launch.backward(dout, dlse, q, k, v, bias, key_bias, out, lse, scale)
+    nothing = q.new_empty(0)
+    return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dkey is None else dkey
+
+
+torch.library.impl("vitzoo::attend", "cuda")(forward)
+torch.library.impl("vitzoo::attend_backward", "cuda")(backward)
+
+
+class _Interpreted(torch.autograd.Function):
+    """The same two functions for CPU tensors, where the op itself computes the definition."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, key_bias, scale):
+        out, lse = forward(q, k, v, bias, key_bias, scale)
+        ctx.save_for_backward(q, k, v, bias, key_bias, out, lse)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        _, _, _, bias, key_bias, *_ = ctx.saved_tensors
+        dq, dk, dv, dbias, dkey = backward(dout, dlse, *ctx.saved_tensors, ctx.scale)
+        return dq, dk, dv, None if bias is None else dbias, None if key_bias is None else dkey, None

@@ -121,8 +121,11 @@ def _resized(key: str, value: Tensor, own: Tensor | None, model: nn.Module) -> T
     if key.endswith("rel_bias") and value.ndim == 3:
         _log.info("%s: relative position table resized from %s to %s", key, tuple(value.shape[1:]), tuple(own.shape[1:]))
         return resize_table(value, (own.shape[1], own.shape[2]))
+    holder = model.get_submodule(key.rpartition(".")[0]) if "." in key else model
+    if hasattr(holder, "resize_state"):
+        _log.info("%s: resized from %s to %s", key, tuple(value.shape), tuple(own.shape))
+        return holder.resize_state(value)
     if key.endswith("pos_embed") and value.ndim == 3:
-        holder = model.get_submodule(key.rpartition(".")[0]) if "." in key else model
         prefix = getattr(model, "embedded_prefix", 0)
         side = round((value.shape[1] - prefix) ** 0.5)
         if side * side + prefix == value.shape[1]:

@@ -10,12 +10,15 @@ from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
 from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
+from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead
 
 __all__ = [
     "AgentAttention",
     "BatchNorm",
     "Block",
     "ChannelAttention",
+    "ClassAttention",
+    "ClassAttentionHead",
     "ConvDownsample",
     "ConvNorm",
     "ConvStem",

@@ -537,7 +537,7 @@ class Plain(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image ``[B, in_chans, H, W]`` to normed tokens ``[B, prefix + h * w, C]``."""
         x, grid = self.embed(x)
-        if self.cfg.mixer is not None:
+        if any(self.takes_grid(i) for i in range(len(self.blocks))):
             for i in range(len(self.blocks)):
                 x = self.run_block(i, x, grid)
         elif self.grad_checkpointing and torch.is_grad_enabled():
@@ -546,9 +546,13 @@ class Plain(Backbone):
             x = self.blocks(x)
         return self.norm(x)
 
+    def takes_grid(self, i: int) -> bool:
+        """Whether block ``i`` is told the rows and columns of the map in its tokens."""
+        return choose_mixer(self.cfg.mixer, i) is not None
+
     def run_block(self, i: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Block ``i`` on tokens ``[B, prefix + h * w, C]``; one whose mixer works on a map is told the ``grid`` (h, w)."""
-        args = (x,) if choose_mixer(self.cfg.mixer, i) is None else (x, *grid)
+        args = (x, *grid) if self.takes_grid(i) else (x,)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.blocks[i], *args)
         return self.blocks[i](*args)

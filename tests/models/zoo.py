@@ -16,11 +16,23 @@ SMALL = {
     "maxvit": ("maxvit_micro", "maxvit_tiny_tf_224"),
     "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
     "pvt": ("pvt_micro", "pvt_v2_micro", "pvt_tiny", "pvt_v2_b0"),
+    "spectformer": ("spectformer_micro", "spectformer_h_micro"),
     "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
     "van": ("van_micro",),
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
-MICRO = ("maxvit_micro", "nat_micro", "pvt_micro", "pvt_v2_micro", "swin_micro", "swinv2_micro", "van_micro", "vit_micro")
+MICRO = (
+    "maxvit_micro",
+    "nat_micro",
+    "pvt_micro",
+    "pvt_v2_micro",
+    "spectformer_h_micro",
+    "spectformer_micro",
+    "swin_micro",
+    "swinv2_micro",
+    "van_micro",
+    "vit_micro",
+)
 
 
 def chosen(patterns: list[str]) -> tuple[list[str], list[str]]:

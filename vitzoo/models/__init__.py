@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import cswin, deit, maxvit, nat, pvt, swin, van, vit
+from vitzoo.models import cswin, deit, maxvit, nat, pvt, spectformer, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -22,6 +22,7 @@ __all__ = [
     "model_info",
     "nat",
     "pvt",
+    "spectformer",
     "swin",
     "van",
     "vit",

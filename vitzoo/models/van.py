@@ -115,6 +115,9 @@ class VAN(Pyramid):
 LINEAR = ("attn.proj1.weight", "attn.mix.weight", "attn.proj2.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 """Our names of what the authors write as a 1x1 convolution."""
 
+PLACES = {"patch_embed": "downsample", "block": "blocks", "norm": "norm"}
+"""What of a stage the published names, which count stages from 1, stand for."""
+
 PUBLISHED = (
     (r"^(patch_embed|block|norm)(\d)\.", lambda m: f"stages.{int(m[2]) - 1}.{PLACES[m[1]]}."),
     (r"downsample\.proj\.", "downsample.conv."),
@@ -127,9 +130,6 @@ PUBLISHED = (
     (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"^head\.(?!fc\.)", "head.fc."),
 )
-
-PLACES = {"patch_embed": "downsample", "block": "blocks", "norm": "norm"}
-"""What of a stage the published names, which count stages from 1, stand for."""
 
 
 def _van(depths: tuple[int, ...], widths: tuple[int, ...] = (64, 128, 320, 512), drop_path_rate: float = 0.1) -> VANConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.golden.families import cswin, maxvit, nat, ops, swin, van
+from tests.golden.families import cswin, maxvit, nat, ops, spectformer, swin, van
 from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
@@ -14,5 +14,6 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "maxvit": maxvit.check,
     "nat": nat.check,
     "van": van.check,
+    "spectformer": spectformer.check,
     "ops": ops.check,
 }

@@ -13,6 +13,7 @@ import vitzoo
 SMALL = {
     "cswin": ("cswin_micro", "cswin_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+    "flatten": ("flatten_swin_tiny", "flatten_pvt_v2_b0"),
     "maxvit": ("maxvit_micro", "maxvit_tiny_tf_224"),
     "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
     "pvt": ("pvt_micro", "pvt_v2_micro", "pvt_tiny", "pvt_v2_b0"),

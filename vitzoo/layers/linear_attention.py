@@ -138,6 +138,13 @@ class FocusedLinearAttention(MixedAttention):
         q, k = (focus(t, sharpness, self.focusing_factor).unflatten(-1, heads) for t in (q, k))
         return linear_attend(q, k, v.unflatten(-1, heads), eps=EPS).flatten(-2)
 
+    def resize_state(self, value: Tensor) -> Tensor:
+        """A checkpoint's positions of another, square map ``[1, n * n, C]`` as ours; anything else as it is."""
+        side = round(value.shape[1] ** 0.5) if value.ndim == 3 else 0
+        if value.ndim != 3 or value.shape[1] != side * side or value.shape[2] != self.scale.shape[2]:
+            return value
+        return resize_positions(value, value.new_empty(1, *self.grid_size, 0), (side, side)).flatten(1, 2)
+
     def local(self, v: Tensor) -> Tensor:
         """The convolution of v, and LePE where the host has it."""
         lepe = super().local(v)

@@ -10,11 +10,15 @@ from vitzoo.models._registry import (
     model_info,
 )
 
+# isort: split
+from vitzoo.models import flatten  # made of the hosts above
+
 __all__ = [
     "ModelInfo",
     "create_model",
     "cswin",
     "deit",
+    "flatten",
     "list_families",
     "list_mixers",
     "list_models",

@@ -110,13 +110,16 @@ def register_family(
         _REGISTRATIONS[name] = keywords
 
 
-def derive_family(module: str, variants: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+def derive_family(
+    module: str, variants: Mapping[str, tuple[str, Mapping[str, Any]]], *, data: Mapping[str, Any] | None = None
+) -> None:
     """Register a family whose members are other families' models with another mixer.
 
     Args:
         module: the new family's module, ``__name__``.
         variants: new name to (name of the host's variant, fields of its config that differ). Hosts are looked up here, so
             that families need not import each other; ``vitzoo.models`` imports the hosts first.
+        data: entries of timm's data config that differ from the hosts'.
 
     Raises:
         KeyError: a host that is not registered.
@@ -126,8 +129,9 @@ def derive_family(module: str, variants: Mapping[str, tuple[str, Mapping[str, An
         entry = _ENTRIES[host]
         groups.setdefault(entry.cls, {})[name] = (host, configure(entry.cfg, fields))
     for cls, members in groups.items():
-        first = next(host for host, _ in members.values())
-        register_family(module, cls, {name: cfg for name, (_, cfg) in members.items()}, **_REGISTRATIONS[first])
+        registration = _REGISTRATIONS[next(host for host, _ in members.values())]
+        keywords = {**registration, "data": {**(registration["data"] or {}), **(data or {})}}
+        register_family(module, cls, {name: cfg for name, (_, cfg) in members.items()}, **keywords)
 
 
 def _entry_point(entry: Entry, out_indices: Any, module: str) -> Any:

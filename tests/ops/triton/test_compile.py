@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
 ]
 
-STACK = 64  # bytes a thread may spill
+STACK = 64  # bytes a thread may spill, as Triton 3.8 compiles; earlier ones allocate registers worse on sm_100:
+OLDER = 8  # there it may be so many times as much
 SHARED = 99 << 10  # bytes a block may have on sm_86 and sm_89, the smallest of the generations that run these binaries
 
 # name: pattern, map, heads, head dimension, dtype, bias, bytes a thread may spill
@@ -69,6 +71,8 @@ def test_attends_kernels_compile_within_registers_and_shared_memory(monkeypatch,
 def check(launches, arch, name, stack):
     from tests.ops.triton.compiled import compile_launch
 
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 8):
+        stack *= OLDER
     too_much = []
     for one in launches:
         usage = compile_launch(one, arch)

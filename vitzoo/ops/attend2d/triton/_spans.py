@@ -17,6 +17,7 @@ import triton.language as tl
 from vitzoo.ops._triton.tokens import LOG2E
 from vitzoo.patterns import Span
 
+LEAST_K = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16)  # of an fp32 product
 NO_KEY = tl.constexpr(1 << 30)  # a key that is not there lies beyond every run,
 NO_QUERY = tl.constexpr(-(1 << 30))  # and the run of a query that is not there begins below every key
 
@@ -176,7 +177,7 @@ def sum_by_offset(
     r = tl.arange(0, QY * KY)
     ey = tl.arange(0, EY)
     hot_y = (r % KY - r // KY + dy)[None, :] == ey[:, None]
-    if QY * KY >= 8:
+    if QY * KY >= LEAST_K:
         # the one-hot side is exact in any precision; three TF32 products keep 22 bits of the other one
         return tl.dot(hot_y.to(tl.float32), rows, input_precision="tf32x3")
     else:

@@ -23,6 +23,7 @@ SMALL = {
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
+    "cswin_micro",
     "maxvit_micro",
     "nat_micro",
     "pvt_micro",

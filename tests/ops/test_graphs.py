@@ -75,6 +75,7 @@ MIXERS = {
     "grid": lambda: Mixer(grid(3), 3),
     "long distance": lambda: Mixer(dilated_window(2, interval=3)),
     "stripe": lambda: Mixer(stripe(rows=2)),
+    "stripe on a padded map": lambda: Mixer(stripe(cols=3), 3),
     "everywhere": lambda: Mixer(everywhere),
     "halo": lambda: Mixer(halo(4, 1)),
     "neighborhood": lambda: Mixer(neighborhood(5), 1, 5),

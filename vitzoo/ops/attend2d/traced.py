@@ -11,7 +11,6 @@ Letters: P, Q tiles along the rows and columns, T, S queries and E, F keys of a 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,11 +25,12 @@ class Axis(NamedTuple):
 
     query: Tensor  # [P, T] coordinate of each query; some coordinate of the map where a tile leaves it
     key: Tensor  # [P, E] likewise
-    seen: Tensor | None  # [P, T, E] which pairs count; None: all
+    seen: Tensor | None  # [P, T, E] which pairs count, [P, 1, E] where a tile is a run; None: all
     offset: Tensor  # [P or 1, T, E] key position minus query position
     tile: Tensor  # [n] the tile in which a coordinate is a query
     place: Tensor  # [n] and its place there
     whole: bool = False  # whether a tile is a whole residue class, and so of symbolic size
+    run: bool = False  # whether all queries of a tile see the same keys
 
 
 def attend2d(
@@ -39,24 +39,84 @@ def attend2d(
     """out `[B, H, W, N, D]`, and lse `[B, H, W, N]` where it is asked for."""
     B, H, W, N, D = q.shape
     rows, cols = axis(pattern.rows, H, q.device), axis(pattern.cols, W, q.device)
+    if rows.whole != cols.whole:
+        return _stripes(q, k, v, rows, cols, bias, scale, return_lse)
     mask = score_bias(bias, rows, cols, N, q.dtype)
     if pattern == everywhere:
         query, key, value = (x.reshape(B, H * W, N, D).transpose(1, 2) for x in (q, k, v))
     else:
         query, key, value = gather(q, rows, cols, "query"), gather(k, rows, cols, "key"), gather(v, rows, cols, "key")
-    lse = None
-    if return_lse:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = ((query * scale) @ key.transpose(-2, -1)).to(wide)
-        scores = scores if mask is None else scores + mask
-        lse = torch.logsumexp(scores, -1)
-        out = torch.exp(scores - lse[..., None]).to(q.dtype) @ value
-    else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out, lse = _softmax(query, key, value, mask, scale, return_lse)
     if pattern == everywhere:
         out = out.transpose(1, 2).reshape(B, H, W, N, D)
         return out, None if lse is None else lse.transpose(1, 2).reshape(B, H, W, N)
     return gather_back(out, rows, cols, N), None if lse is None else gather_back(lse[..., None], rows, cols, N)[..., 0]
+
+
+def _softmax(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention among the tokens of each tile, and its log-sum-exp where it is asked for."""
+    if not return_lse:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = ((query * scale) @ key.transpose(-2, -1)).to(wide)
+    scores = scores if mask is None else scores + mask
+    lse = torch.logsumexp(scores, -1)
+    return torch.exp(scores - lse[..., None]).to(query.dtype) @ value, lse
+
+
+def _stripes(
+    q: Tensor, k: Tensor, v: Tensor, rows: Axis, cols: Axis, bias: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same where one axis is seen whole, so that a tile has a symbolic side and the other axis a symbolic number of them.
+
+    No dimension is merged or split, which would divide products of sizes by sizes and narrow the graph: every tensor is
+    gathered in the shape that it is used in, by lists of tiles and of tokens that are ordered so that only the constant one
+    of their two factors divides.
+    """
+    N = q.shape[3]
+    tile = torch.arange(N * rows.query.shape[0] * cols.query.shape[0], device=q.device)
+    n, (p, r) = tile % N, _both(tile // N, rows.query.shape[0], cols.query.shape[0], rows.whole)
+    (T, S), (E, F_) = (rows.query.shape[1], cols.query.shape[1]), (rows.key.shape[1], cols.key.shape[1])
+    (t, s), (e, f) = (_both(torch.arange(a * b, device=q.device), a, b, cols.whole) for a, b in ((T, S), (E, F_)))
+
+    seen_y, seen_x, head = rows.key[p][:, e], cols.key[r][:, f], n[:, None]
+    query, key, value = (
+        q[:, rows.query[p][:, t], cols.query[r][:, s], head],
+        k[:, seen_y, seen_x, head],
+        v[:, seen_y, seen_x, head],
+    )
+    mask = None
+    if bias is not None or rows.seen is not None or cols.seen is not None:
+        mask = torch.zeros((1, 1, 1), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if bias is not None:
+        dy, dx = (
+            (each.offset.expand(each.query.shape[0], -1, -1) + size // 2).clamp(0, size - 1)
+            for each, size in ((rows, bias.shape[1]), (cols, bias.shape[2]))
+        )
+        mask = bias.to(mask)[n[:, None, None], dy[p][:, t][:, :, e], dx[r][:, s][:, :, f]]
+    for each, number, place, slot in ((rows, p, t, e), (cols, r, s, f)):
+        if each.seen is not None:
+            seen = each.seen[number] if each.run else each.seen[number][:, place]
+            mask = torch.where(seen[:, :, slot], mask, -torch.inf)
+    mask = None if mask is None else mask[None].to(q.dtype)
+    out, lse = _softmax(query, key, value, mask, scale, return_lse)
+
+    where = _number(rows.tile[:, None], cols.tile, rows.query.shape[0], cols.query.shape[0], rows.whole)[..., None] * N
+    where = where + torch.arange(N, device=q.device)
+    place = _number(rows.place[:, None], cols.place, T, S, cols.whole)[..., None]
+    return out[:, where, place], None if lse is None else lse[:, where, place]
+
+
+def _both(number: Tensor, first: int, second: int, by_first: bool) -> tuple[Tensor, Tensor]:
+    """The two indices, below ``first`` and ``second``, that ``number`` stands for."""
+    return (number % first, number // first) if by_first else (number // second, number % second)
+
+
+def _number(a: Tensor, b: Tensor, first: int, second: int, by_first: bool) -> Tensor:
+    """Undoes ``_both``."""
+    return a + b * first if by_first else a * second + b
 
 
 def gather(x: Tensor, rows: Axis, cols: Axis, side: str) -> Tensor:
@@ -65,16 +125,7 @@ def gather(x: Tensor, rows: Axis, cols: Axis, side: str) -> Tensor:
     y, u = (rows.query, cols.query) if side == "query" else (rows.key, cols.key)
     (P, T), (Q, S) = y.shape, u.shape
     tiles = x.permute(0, 3, 1, 2, 4)[:, :, y[:, None, :, None], u[None, :, None, :]]
-    return merge(tiles, B, N * P * Q, T * S, D, symbolic=rows.whole or cols.whole)
-
-
-def merge(x: Tensor, *shape: int, symbolic: bool) -> Tensor:
-    """x in a shape with fewer dimensions.
-
-    Where a tile's sides are symbolic (an axis seen whole) it goes by way of one dimension: merging directly would compare
-    strides, which narrows the graph. Elsewhere directly: the long way doubles the time that an export takes.
-    """
-    return x.reshape(math.prod(shape)).view(shape) if symbolic else x.reshape(shape)
+    return tiles.reshape(B, N * P * Q, T * S, D)
 
 
 def gather_back(tiles: Tensor, rows: Axis, cols: Axis, N: int) -> Tensor:
@@ -87,10 +138,15 @@ def gather_back(tiles: Tensor, rows: Axis, cols: Axis, N: int) -> Tensor:
 
 
 def score_bias(bias: Tensor | None, rows: Axis, cols: Axis, N: int, dtype: torch.dtype) -> Tensor | None:
-    """Bias, and -inf where a pair does not count: `[1, N * P * Q, T * S, E * F]`, or None where nothing is added."""
+    """Bias, and -inf where a pair does not count: `[1, N * P * Q, T * S, E * F]`, or None where nothing is added.
+
+    Without a bias `[1, N * P * Q, 1, E * F]` where all queries of a tile see the same keys.
+    """
     (P, T), E, (Q, S), F_ = rows.query.shape, rows.key.shape[1], cols.query.shape, cols.key.shape[1]
     if bias is None and rows.seen is None and cols.seen is None:
         return None
+    if bias is None and all(each.run or each.seen is None for each in (rows, cols)):
+        T = S = 1
     wide = torch.promote_types(dtype, torch.float32)  # the table's gradient is summed in the dtype it is read in
     if bias is None:
         added = torch.zeros((1, 1, 1, 1, 1, 1, 1), dtype=wide, device=rows.query.device)
@@ -105,7 +161,7 @@ def score_bias(bias: Tensor | None, rows: Axis, cols: Axis, N: int, dtype: torch
             added = torch.where(seen, added, -torch.inf)
     if bias is None or rows.seen is None or cols.seen is None:  # merging expanded dimensions would ask about their sizes
         added = added.expand(N, P, Q, T, S, E, F_).clone(memory_format=torch.contiguous_format)
-    return merge(added, 1, N * P * Q, T * S, E * F_, symbolic=rows.whole or cols.whole).to(dtype)
+    return added.reshape(1, N * P * Q, T * S, E * F_).to(dtype)
 
 
 def axis(span: Span, n: int, device: torch.device) -> Axis:
@@ -160,9 +216,12 @@ def _tiles(span: Span, n: int, device: torch.device) -> Axis:
     if span.edge == "clamp":
         start, first = (torch.minimum(x.clamp(min=0), length - size) for x in (start, first))
     key = first + slot
-    inside = (query >= 0) & (query < length)
-    in_run = (start[:, :, None] <= key[:, None]) & (key[:, None] < start[:, :, None] + size)
-    seen = in_run & ((key >= 0) & (key < length))[:, None] | ~inside[:, :, None]
+    if span.partitions:  # a tile is a run; one without any key, which is never read, sees all
+        seen = ((key >= 0) & (key < length) | (first >= length) | (first + extent <= 0))[:, None]
+    else:
+        inside = (query >= 0) & (query < length)
+        in_run = (start[:, :, None] <= key[:, None]) & (key[:, None] < start[:, :, None] + size)
+        seen = in_run & ((key >= 0) & (key < length))[:, None] | ~inside[:, :, None]
     offset = key[:, None] - query[:, :, None] if span.edge == "clamp" else (slot + base - place[:, None])[None]
 
     coordinate = torch.arange(n, device=device)
@@ -175,6 +234,7 @@ def _tiles(span: Span, n: int, device: torch.device) -> Axis:
         offset,
         ahead // tile * step + coordinate % step,
         ahead % tile,
+        run=span.partitions,
     )
 
 

@@ -11,6 +11,7 @@ import vitzoo
 
 # The smallest models that together hold every piece of every family. Costly checks take the micro ones.
 SMALL = {
+    "agent": ("agent_micro", "agent_deit_tiny"),
     "cswin": ("cswin_micro", "cswin_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
     "flatten": ("flatten_swin_tiny", "flatten_pvt_v2_b0"),
@@ -23,6 +24,7 @@ SMALL = {
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
+    "agent_micro",
     "cswin_micro",
     "maxvit_micro",
     "nat_micro",

@@ -1,8 +1,9 @@
 """Agent attention: a few pooled queries read the whole map, and every token reads them. Han et al. 2024, arXiv:2312.08874.
 
 Two softmax attentions in a row, each linear in the number of tokens, stand in for one that is quadratic (the paper's
-equations 4 to 6). Pooling and biases are products with small matrices built from ``arange``: they hold for every size,
-symbolic ones included, and their backward pass gives the same bits every time, on a GPU too.
+equations 4 to 6). Pooling and biases are products with small matrices built from ``arange``, except in eager mode on a CPU:
+they hold for symbolic sizes too, and their backward pass gives the same bits every time, which PyTorch's own operators for
+both do not on a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitzoo.layers.attention import MixedAttention
@@ -38,6 +40,8 @@ def pool_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         ``[B, grid[0] * grid[1], C]``.
     """
+    if _eager_on_cpu(x):
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
     members, count = _cells(x.shape[2], grid[1], x)
     x = (members @ x) / count
     members, count = _cells(x.shape[1], grid[0], x)
@@ -75,8 +79,16 @@ def map_bias(coarse: Tensor, row: Tensor, col: Tensor, like: Tensor, grid: tuple
         coarse, row, col = agents @ coarse.flatten(2), agents @ row, agents @ col
         coarse = coarse.unflatten(2, (SIDE, SIDE))
     height, width = like.shape[1], like.shape[2]
-    fine = _linear(height, SIDE, coarse) @ (coarse @ _linear(width, SIDE, coarse).T)
+    if _eager_on_cpu(coarse):
+        fine = F.interpolate(coarse, size=(height, width), mode="bilinear")
+    else:
+        fine = _linear(height, SIDE, coarse) @ (coarse @ _linear(width, SIDE, coarse).T)
     return (fine + _resize(row, height)[..., None] + _resize(col, width)[..., None, :]).flatten(2)
+
+
+def _eager_on_cpu(x: Tensor) -> bool:
+    """Where PyTorch's own pooling and resizing are the fastest, and as reproducible as products of matrices."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _linear(size: int, n: int, like: Tensor) -> Tensor:
@@ -120,9 +132,7 @@ class AgentAttention(MixedAttention):
 
     NO_DECAY: ClassVar[tuple[str, ...]] = tuple(f"{of}_bias" for of in ("an", "ah", "aw", "ac", "na", "ha", "wa", "ca"))
 
-    def __init__(
-        self, slot: Slot, *, agents: int = 49, agent_shape: tuple[int, int] | None = None, kv_ratio: int = 1
-    ) -> None:
+    def __init__(self, slot: Slot, *, agents: int = 49, agent_shape: tuple[int, int] | None = None, kv_ratio: int = 1) -> None:
         side = math.isqrt(agents)
         if side * side != agents:
             raise ValueError(

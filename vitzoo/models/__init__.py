@@ -11,10 +11,11 @@ from vitzoo.models._registry import (
 )
 
 # isort: split
-from vitzoo.models import flatten  # made of the hosts above
+from vitzoo.models import agent, flatten  # made of the hosts above
 
 __all__ = [
     "ModelInfo",
+    "agent",
     "create_model",
     "cswin",
     "deit",

@@ -28,3 +28,12 @@ def test_a_hook_on_a_block_sees_the_whole_batch(monkeypatch):
 def test_an_empty_batch_passes():
     with torch.no_grad():
         assert vitzoo.create_model("nat_micro").eval()(torch.randn(0, 3, 32, 32)).shape == (0, 1000)
+
+
+def test_a_batch_norm_in_training_sees_the_whole_batch(monkeypatch):
+    model, images = vitzoo.create_model("maxvit_micro").eval(), torch.randn(3, 3, 32, 32)
+    model.stages[1].blocks[0].conv.norm1.train()
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr(_trunk, "CACHED_TOKENS", 1)
+        torch.testing.assert_close(model(images), whole)

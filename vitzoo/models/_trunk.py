@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from timm.models import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, OnTokens, PatchEmbed, Slot, TokenAttention, build_mixer, resize_positions
+from vitzoo.layers.batchnorm import BATCH_NORMS, statistics_kept
 from vitzoo.models._contract import Backbone, configure, feature_take_indices, pair
 
 torch.fx.wrap("resize_positions")
@@ -150,20 +152,30 @@ class Stage(nn.Module):
     def run_blocks(self, x: Tensor) -> Tensor:
         """The blocks in turn: with checkpoints, or some images at a time, or plainly."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint_seq(self.blocks, x)
+            return self._recomputed(x)
         if self._may_be_cut(x):
             images = max(1, CACHED_TOKENS // (x.shape[1] * x.shape[2]))
             if images < len(x):
                 return torch.cat([self.blocks(part) for part in x.split(images)])
         return self.blocks(x)
 
+    def _recomputed(self, x: Tensor) -> Tensor:
+        """The blocks with a checkpoint each; what is run a second time does not count twice in a batch norm's statistics."""
+        if torch.compiler.is_compiling() or not any(isinstance(m, BATCH_NORMS) for m in self.blocks.modules()):
+            return checkpoint_seq(self.blocks, x)  # a compiled graph recomputes values only
+        for block in self.blocks.children():
+            x = checkpoint(
+                block, x, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), statistics_kept(block))
+            )
+        return x
+
     def _may_be_cut(self, x: Tensor) -> bool:
-        """In eager inference on a CPU, where no hook would see a part of the batch."""
+        """In eager inference on a CPU, where no hook and no batch norm in training would see a part of the batch."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return False
         if type(x) is not Tensor or x.device.type != "cpu":  # an FX proxy, a subclass, another device
             return False
-        return not any(m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules())
+        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules())
 
 
 class Pyramid(Backbone):
@@ -205,7 +217,7 @@ class Pyramid(Backbone):
                 raise ValueError(f"{type(self).__name__} norms the output of every stage already. Leave feature_norm False.")
             self.feature_norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
         self.norm = nn.Identity() if cfg.feature_norm else self.make_norm()
-        self.head: Any = self.make_head()
+        self.head = self.make_head()
         self.head_hidden_size = self.head.num_features
         self.init_weights()
 
@@ -245,7 +257,7 @@ class Pyramid(Backbone):
         """The norm before the classifier."""
         return nn.LayerNorm(self.num_features)
 
-    def make_head(self) -> nn.Module:
+    def make_head(self) -> Any:
         """The pooled classifier, with what timm's heads have: ``fc``, ``num_features`` and ``reset``."""
         cfg = self.cfg
         return ClassifierHead(self.num_features, cfg.num_classes, cfg.global_pool, cfg.drop_rate)

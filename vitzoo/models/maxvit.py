@@ -33,6 +33,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, Mlp, PatternAttention, linear
+from vitzoo.layers.batchnorm import affine, may_fold
 from vitzoo.layers.maps import padded_size
 from vitzoo.models._contract import pair
 from vitzoo.models._registry import register_family
@@ -115,32 +116,9 @@ class Conv3x3(nn.Conv2d):
         return self.convolve(x, self.weight, self.bias)
 
 
-def may_fold(x: Tensor, norms: tuple[nn.Module, ...], others: tuple[nn.Module, ...]) -> bool:
-    """Whether batch norms may become part of the convolutions beside them: in eager inference on a CPU, and in a graph.
-
-    In a graph because batch norm on a channels-last map of symbolic size compares strides, which narrows the graph; on a CPU
-    because every pass over a map costs. Never where somebody watches or has replaced what is bypassed.
-    """
-    if not all(type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats for norm in norms):
-        return False
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (*norms, *others)):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
-        return False
-    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-
-
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a batch norm in eval mode multiplies by, and what it adds."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
-
-
-def gelu(x: Tensor, act: nn.GELU) -> Tensor:
+def activate(x: Tensor, act: nn.Module) -> Tensor:
     """The GELU of a map that belongs to the caller: written over it where nothing remembers the input."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(act) is not nn.GELU:
         return act(x)
     return torch.ops.aten.gelu_(x, approximate=act.approximate)
 
@@ -173,7 +151,7 @@ class Stem(nn.Module):
         if may_fold(image, (self.norm1,), (self.conv1, self.act)):
             scale, shift = affine(self.norm1)
             bias = shift if self.conv1.bias is None else shift + scale * self.conv1.bias
-            x = gelu(self.conv1.convolve(image, self.conv1.weight * scale[:, None, None, None], bias), self.act)
+            x = activate(self.conv1.convolve(image, self.conv1.weight * scale[:, None, None, None], bias), self.act)
         else:
             x = self.act(self.norm1(self.conv1(image)))
         return self.conv2(x).permute(0, 2, 3, 1)
@@ -240,12 +218,13 @@ class MBConv(nn.Module):
         (before, offset), (scale1, shift1), (scale2, shift2) = map(affine, (self.pre_norm, self.norm1, self.norm2))
         weight = self.conv1_1x1.weight.flatten(1)
         bias = shift1 + scale1 * (weight * offset).sum(1)
-        y = gelu(linear(x, weight * before * scale1[:, None], bias), self.act)
+        y = activate(linear(x, weight * before * scale1[:, None], bias), self.act)
         y = self.conv2_kxk.convolve(y.permute(0, 3, 1, 2), self.conv2_kxk.weight * scale2[:, None, None, None], shift2)
-        y = gelu(y.permute(0, 2, 3, 1), self.act)
+        y = activate(y.permute(0, 2, 3, 1), self.act)
         squeezed = self.se.act(linear(y.mean((1, 2), keepdim=True), self.se.fc1.weight.flatten(1), self.se.fc1.bias))
         gate = self.se.gate(linear(squeezed, self.se.fc2.weight.flatten(1), self.se.fc2.bias))
-        y = linear(y * gate, self.conv3_1x1.weight.flatten(1), self.conv3_1x1.bias)
+        y = y * gate if torch.is_grad_enabled() else y.mul_(gate)
+        y = linear(y, self.conv3_1x1.weight.flatten(1), self.conv3_1x1.bias)
         return y + self.shortcut(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

@@ -13,6 +13,7 @@ import vitzoo
 SMALL = {
     "agent": ("agent_micro", "agent_deit_tiny"),
     "cswin": ("cswin_micro", "cswin_tiny"),
+    "dat": ("dat_micro", "dat_tiny", "dat_pp_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
     "flatten": ("flatten_swin_tiny", "flatten_pvt_v2_b0"),
     "maxvit": ("maxvit_micro", "maxvit_tiny_tf_224"),
@@ -24,6 +25,7 @@ SMALL = {
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
+    "dat_micro",
     "agent_micro",
     "cswin_micro",
     "maxvit_micro",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.golden.families import agent, cswin, maxvit, nat, ops, spectformer, swin, van
+from tests.golden.families import agent, cswin, dat, maxvit, nat, ops, spectformer, swin, van
 from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
+    "dat": dat.check,
     "agent": agent.check,
     "cswin": cswin.check,
     "swin": swin.check,

@@ -14,7 +14,6 @@ Deviations:
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +31,7 @@ from vitzoo.layers import (
     PatchEmbed,
     Slot,
     SpatialReduction,
+    init_by_fan_out,
     resize_positions,
 )
 from vitzoo.layers.attention import check_heads
@@ -66,18 +66,13 @@ class PVTConfig(PyramidConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("embed_dim", "mlp_ratio", "sr_ratios"):
-            if len(getattr(self, name)) != len(self.depths):
-                raise ValueError(
-                    f"{name} {getattr(self, name)} names {len(getattr(self, name))} stages, depths {self.depths} "
-                    f"{len(self.depths)}. Give one number for each stage in both."
-                )
-        if self.version == 2 and self.feature_norm:
-            raise ValueError("PVT v2 norms the output of every stage already. Leave feature_norm False.")
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return self.embed_dim
+        if self.version not in (1, 2):
+            raise ValueError(f"version is 1 or 2, got {self.version}.")
+        if len(self.sr_ratios) != len(self.depths):
+            raise ValueError(
+                f"sr_ratios {self.sr_ratios} names {len(self.sr_ratios)} stages, depths {self.depths} {len(self.depths)}. "
+                "Give one number for each stage in both."
+            )
 
     @property
     def map_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -175,12 +170,12 @@ class PVT(Pyramid):
 
     def make_block(self, i: int, j: int, drop_path: float) -> nn.Module:
         cfg = self.cfg
-        dim, hidden = cfg.dims[i], int(cfg.dims[i] * cfg.mlp_ratio[i])
+        dim = cfg.dims[i]
         kwargs: Any = {"qkv_bias": cfg.qkv_bias, "proj_drop": cfg.proj_drop_rate}
         return Block(
             dim,
             self.mixer(i, j, lambda: ReducedAttention(dim, cfg.num_heads[i], cfg.sr_ratios[i], **kwargs)),
-            mlp=(DepthwiseMlp if cfg.version == 2 else Mlp)(dim, hidden, cfg.proj_drop_rate),
+            mlp=(DepthwiseMlp if cfg.version == 2 else Mlp)(dim, cfg.mlp_dim(i), cfg.proj_drop_rate),
             drop_path=drop_path,
             layer_scale=cfg.layer_scale,
             norm_eps=self.NORM_EPS,
@@ -199,11 +194,7 @@ class PVT(Pyramid):
     def init_weights(self) -> None:
         super().init_weights()
         if self.cfg.version == 2:
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-                    nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                    module.bias.data.zero_()  # type: ignore[union-attr]  # every one of ours has a bias
+            init_by_fan_out(self)
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Record another image size and resize V1's positions to it for good. Every size can be fed without this."""

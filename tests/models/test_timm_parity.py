@@ -18,12 +18,13 @@ NAMES = {
     "vit_small_patch14_reg4_dinov2": (518, 518),
     "deit_tiny_distilled_patch16_224": (224, 224),
     "deit3_small_patch16_224": (224, 224),
+    "pvt_v2_b0": (70, 93),
 }
 
 
 def shallow(name: str) -> dict[str, object]:
     """Few blocks, all kinds of them: parity of one is parity of twelve."""
-    return {"depths": (2, 2, 2, 2)} if name.startswith("swin") else {"depth": 3}
+    return {"depths": (2, 2, 2, 2)} if name.startswith(("swin", "pvt")) else {"depth": 3}
 
 
 @pytest.fixture(scope="module", params=NAMES)

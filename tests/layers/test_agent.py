@@ -167,3 +167,12 @@ def test_published_keys_of_a_plain_host_find_the_mixer_in_part_and_whole():
     assert set(vitzoo.checkpoints.convert(model.state_dict(), model)) == set(model.state_dict())
     one = {"blocks.1.attn.an_bias": torch.zeros(1)}
     assert set(vitzoo.checkpoints.convert(one, model)) == {"blocks.1.attn.mixer.an_bias"}
+
+
+def test_a_checkpoint_of_another_image_size_gives_what_its_own_model_gives_at_that_size():
+    model = vitzoo.create_model("agent_micro", img_size=(40, 56)).eval()
+    larger = vitzoo.create_model("agent_micro", img_size=(72, 100)).eval()
+    larger.load_state_dict(vitzoo.checkpoints.convert(model.state_dict(), larger), strict=True)
+    x = torch.randn(1, 3, 72, 100)
+    with torch.no_grad():
+        torch.testing.assert_close(larger(x), model(x), rtol=1e-4, atol=1e-5)

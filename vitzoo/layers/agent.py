@@ -169,6 +169,14 @@ class AgentAttention(MixedAttention):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
 
+    def resize_state(self, value: Tensor) -> Tensor:
+        """A checkpoint's row or column terms of another map as ours, linearly, as published; anything else as it is."""
+        for table, axis in ((self.ah_bias, 3), (self.aw_bias, 4), (self.ha_bias, 2), (self.wa_bias, 3)):
+            if value.ndim == 5 and all(value.shape[i] == n for i, n in enumerate(table.shape) if i != axis):
+                weights = _linear(table.shape[axis], value.shape[axis], value)
+                return (value.movedim(axis, -1) @ weights.T).movedim(-1, axis)
+        return value
+
     def key_bias(self, like: Tensor) -> Tensor:
         """B1 for keys on the map ``like`` ``[B, h, w, ...]``: ``[N, A, h * w]``."""
         return map_bias(self.an_bias, self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0], like, self.grid)

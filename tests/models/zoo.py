@@ -15,6 +15,7 @@ SMALL = {
     "cswin": ("cswin_micro", "cswin_tiny"),
     "dat": ("dat_micro", "dat_tiny", "dat_pp_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+    "ffnet": ("ffnet_micro",),
     "flatten": ("flatten_swin_tiny", "flatten_pvt_v2_b0"),
     "maxvit": ("maxvit_micro", "maxvit_tiny_tf_224"),
     "nat": ("nat_micro", "nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
@@ -25,9 +26,10 @@ SMALL = {
     "vit": ("vit_micro", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
-    "dat_micro",
     "agent_micro",
     "cswin_micro",
+    "dat_micro",
+    "ffnet_micro",
     "maxvit_micro",
     "nat_micro",
     "pvt_micro",

@@ -3,7 +3,7 @@
 from vitzoo.layers.agent import AgentAttention
 from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAttention
 from vitzoo.layers.blocks import Block
-from vitzoo.layers.conv import BatchNorm, ConvNorm, DepthwiseConv, init_by_fan_out
+from vitzoo.layers.conv import BatchNorm, ConvNorm, ConvNormStem, DepthwiseConv, init_by_fan_out, init_truncated
 from vitzoo.layers.deformable import DeformableAttention
 from vitzoo.layers.embed import ConvDownsample, ConvStem, OverlapPatchEmbed, PatchEmbed, PatchMerging, SpatialReduction
 from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
@@ -21,6 +21,7 @@ __all__ = [
     "ClassAttentionHead",
     "ConvDownsample",
     "ConvNorm",
+    "ConvNormStem",
     "ConvStem",
     "DeformableAttention",
     "DepthwiseConv",
@@ -40,6 +41,7 @@ __all__ = [
     "build_mixer",
     "crop_map",
     "init_by_fan_out",
+    "init_truncated",
     "linear",
     "list_mixers",
     "pad_map",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 
@@ -58,6 +59,22 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
+class ConvNormStem(nn.Module):
+    """Two 3x3 convolutions of stride 2 with batch norm, a GELU between (FFNet, AttNet).
+
+    Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / 4), ceil(W / 4), out_dim]``, with ``dim`` channels between.
+    """
+
+    def __init__(self, in_chans: int, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_chans, dim, stride=2)
+        self.act = nn.GELU()
+        self.conv2 = ConvNorm(dim, out_dim, stride=2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv2(self.act(self.conv1(image.permute(0, 2, 3, 1))))
+
+
 def init_by_fan_out(module: nn.Module, linear: bool = False) -> None:
     """Normal weights of variance 2 / fan-out (He et al. 2015, arXiv:1502.01852) and zero biases for all convolutions.
 
@@ -75,3 +92,12 @@ def init_by_fan_out(module: nn.Module, linear: bool = False) -> None:
         nn.init.normal_(each.weight, std=math.sqrt(2 / fan_out))
         if each.bias is not None:
             nn.init.zeros_(each.bias)
+
+
+def init_truncated(module: nn.Module) -> None:
+    """Truncated normal 0.02 for all convolutions, zero biases."""
+    for each in module.modules():
+        if isinstance(each, nn.Conv2d):
+            trunc_normal_(each.weight, std=0.02)
+            if each.bias is not None:
+                nn.init.zeros_(each.bias)

@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import cswin, dat, deit, maxvit, nat, pvt, spectformer, swin, van, vit
+from vitzoo.models import cswin, dat, deit, ffnet, maxvit, nat, pvt, spectformer, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -17,9 +17,10 @@ __all__ = [
     "ModelInfo",
     "agent",
     "create_model",
-    "dat",
     "cswin",
+    "dat",
     "deit",
+    "ffnet",
     "flatten",
     "list_families",
     "list_mixers",

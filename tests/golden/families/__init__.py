@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.golden.families import agent, cswin, dat, maxvit, nat, ops, spectformer, swin, van
+from tests.golden.families import agent, cswin, dat, ffnet, maxvit, nat, ops, spectformer, swin, van
 from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
@@ -17,5 +17,6 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "nat": nat.check,
     "van": van.check,
     "spectformer": spectformer.check,
+    "ffnet": ffnet.check,
     "ops": ops.check,
 }

@@ -12,6 +12,7 @@ import vitzoo
 # The smallest models that together hold every piece of every family. Costly checks take the micro ones.
 SMALL = {
     "agent": ("agent_micro", "agent_deit_tiny"),
+    "attnet": ("attnet_micro",),
     "cswin": ("cswin_micro", "cswin_tiny"),
     "dat": ("dat_micro", "dat_tiny", "dat_pp_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
@@ -27,6 +28,7 @@ SMALL = {
 }
 MICRO = (
     "agent_micro",
+    "attnet_micro",
     "cswin_micro",
     "dat_micro",
     "ffnet_micro",

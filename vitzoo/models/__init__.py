@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import cswin, dat, deit, ffnet, maxvit, nat, pvt, spectformer, swin, van, vit
+from vitzoo.models import attnet, cswin, dat, deit, ffnet, maxvit, nat, pvt, spectformer, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -16,6 +16,7 @@ from vitzoo.models import agent, flatten  # made of the hosts above
 __all__ = [
     "ModelInfo",
     "agent",
+    "attnet",
     "create_model",
     "cswin",
     "dat",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.golden.families import agent, cswin, dat, ffnet, flatten, maxvit, nat, ops, spectformer, swin, van
+from tests.golden.families import agent, attention_modules, attnet, cswin, dat, ffnet, maxvit, nat, ops, spectformer, swin, van
 from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
@@ -13,12 +13,12 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "cswin": cswin.check,
     "swin": swin.check,
     "swinv2": swin.check,
-    "davit": ops.davit,
-    "flatten": flatten.check,
     "maxvit": maxvit.check,
     "nat": nat.check,
     "van": van.check,
     "spectformer": spectformer.check,
     "ffnet": ffnet.check,
+    "attention_modules": attention_modules.check,
+    "attnet": attnet.check,
     "ops": ops.check,
 }

@@ -4,10 +4,11 @@
 tokens in a file of its own, with its learned part, if any, as a small module.
 """
 
-from vitzoo.tokens import ats, dynamicvit, evit, tome, tps
+from vitzoo.tokens import ats, dynamicvit, evit, fastervlm, mstm, skipvit, spa, sparsifiner, tap, tome, tps
 from vitzoo.tokens._map import TokenMap
 from vitzoo.tokens._schedule import KeepRate, merge_schedule
 from vitzoo.tokens._wrap import METHODS, Method, backbone_of, follow, is_reduced, reduce, restore
+from vitzoo.tokens.fastervlm import encode_and_select, select_tokens
 
 __all__ = [
     "METHODS",
@@ -17,12 +18,20 @@ __all__ = [
     "ats",
     "backbone_of",
     "dynamicvit",
+    "encode_and_select",
     "evit",
+    "fastervlm",
     "follow",
     "is_reduced",
     "merge_schedule",
+    "mstm",
     "reduce",
     "restore",
+    "select_tokens",
+    "skipvit",
+    "spa",
+    "sparsifiner",
+    "tap",
     "tome",
     "tps",
 ]

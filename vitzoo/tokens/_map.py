@@ -93,11 +93,12 @@ class TokenMap(NamedTuple):
         Returns:
             ``[B, M, C]`` and the new sizes ``[B, M]``. A token that nothing moved into keeps its bits.
         """
-        old, moving = rows(size, self.kept), rows(size, self.moved)
-        new = add_rows(old.clone(), self.into, moving)
-        y = rows(x, self.kept) * (old / new)[..., None]
-        share = moving / rows(new, self.into)
-        return add_rows(y, self.into, rows(x, self.moved) * share[..., None].to(x.dtype)), new
+        old, moving = size.gather(1, self.kept), size.gather(1, self.moved)
+        new = old.scatter_add(1, self.into, moving)
+        share = (moving / new.gather(1, self.into))[..., None].to(x.dtype)
+        # in place: a second tensor of this size would be mapped and page-faulted anew in every block
+        y = rows(x, self.kept).mul_((old / new)[..., None])
+        return add_rows(y, self.into, rows(x, self.moved).mul_(share)), new
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Give every old token the value of what stands for it: ``[B, M, ...]`` to ``[B, N, ...]``; zeros for dropped ones."""

@@ -154,7 +154,7 @@ def class_attention(qkv: QKV, key_bias: Tensor | None = None) -> Tensor:
     One product of one query with the keys: no attention matrix.
     """
     q, k = qkv.q, qkv.k
-    scores = ((q[:, 0] * qkv.scale)[:, :, None, :] @ k.permute(0, 2, 3, 1)).squeeze(2)  # [B, N, S]
+    scores = (q[:, :1] * qkv.scale * k).sum(dim=-1).transpose(1, 2)  # [B, N, S]; a matrix product would copy k first
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if key_bias is not None:
         scores = scores + key_bias[:, None, :]

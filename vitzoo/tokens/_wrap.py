@@ -121,6 +121,11 @@ class Method:
         self.rotary = False
         self.epoch: float | None = None
         self.noted: dict[str, Any] = {}
+        self.grid: tuple[int, int] | None = None
+
+    def watch_grid(self, model: Any) -> None:
+        """Note rows and columns of patches of every image that goes into the model: ``self.grid``."""
+        self.handle = model.patch_embed.register_forward_pre_hook(partial(_note_grid, self, model))
 
     @property
     def follow(self) -> bool:
@@ -140,6 +145,21 @@ class Method:
     def divides(self, step: Step, state: State) -> bool:
         """Whether this block must be taken apart; otherwise it runs as it is, to the bit."""
         raise NotImplementedError
+
+    def mix(self, step: Step, state: State, rope: Tensor | None) -> State:
+        """A divided block's attention and what follows it, up to the MLP."""
+        parts = step.parts
+        h = self.read(step, state.x)
+        qkv = parts.project(h, rope)
+        keys = state
+        chosen = self.queries(step, state, qkv)
+        if chosen is not None:
+            tokens, alive = chosen
+            x, policy = rows(state.x, tokens.kept), alive.to(state.x.dtype)
+            state = state.advance(tokens, x, follow=self.follow, alive=alive, policy=policy)
+            h, qkv = rows(h, tokens.kept), qkv._replace(q=rows(qkv.q, tokens.kept))
+        y = parts.output(self.attend(step, keys, qkv), h)
+        return self.between(step, state._replace(x=parts.add(state.x, y)), qkv)
 
     def read(self, step: Step, x: Tensor) -> Tensor:
         """What the attention branch reads of the residual stream."""
@@ -191,7 +211,8 @@ def run(
         state = method.before(step, state)
         turn = rope if rope is None else _rope_of(rope, state.position, step.prefix)
         if method.divides(step, state):
-            state = _divided(step, state, turn)
+            state = method.mix(step, state, turn)
+            state = state._replace(x=step.parts.feed(state.x))
         else:
             whole = type(block).forward
             state = state._replace(x=whole(block, state.x) if turn is None else whole(block, state.x, rope=turn))
@@ -200,22 +221,6 @@ def run(
             watch.dense[step.layer], watch.sources[step.layer] = state.dense(), state.source
             watch.states[step.layer] = state
     return state if step.layer + 1 < method.depth else method.finish(state)
-
-
-def _divided(step: Step, state: State, rope: Tensor | None) -> State:
-    method, parts = step.method, step.parts
-    h = method.read(step, state.x)
-    qkv = parts.project(h, rope)
-    keys = state
-    chosen = method.queries(step, state, qkv)
-    if chosen is not None:
-        tokens, alive = chosen
-        policy = alive.to(state.x.dtype)
-        state = state.advance(tokens, rows(state.x, tokens.kept), follow=method.follow, alive=alive, policy=policy)
-        h, qkv = rows(h, tokens.kept), qkv._replace(q=rows(qkv.q, tokens.kept))
-    y = parts.output(method.attend(step, keys, qkv), h)
-    state = method.between(step, state._replace(x=parts.add(state.x, y)), qkv)
-    return state._replace(x=parts.feed(state.x))
 
 
 def _rope_of(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
@@ -252,6 +257,10 @@ def register(name: str) -> Any:
         return cls
 
     return known
+
+
+def _note_grid(method: Method, model: Any, embed: nn.Module, given: tuple[Tensor, ...]) -> None:
+    method.grid = grid_of(model, given[0])
 
 
 def backbone_of(model: nn.Module) -> Any:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.golden.families import agent, attention_modules, attnet, cswin, dat, ffnet, maxvit, nat, ops, spectformer, swin, van
+from tests.golden.families import (
+    agent,
+    attention_modules,
+    attnet,
+    cswin,
+    dat,
+    ffnet,
+    maxvit,
+    nat,
+    ops,
+    spectformer,
+    swin,
+    tokens,
+    van,
+)
 from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
@@ -21,4 +35,8 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "attention_modules": attention_modules.check,
     "attnet": attnet.check,
     "ops": ops.check,
+    **dict.fromkeys(
+        (f"tokens_{name}" for name in ("tome", "evit", "dynamicvit", "ats", "tps", "tap", "sparsifiner", "fastervlm")),
+        tokens.check,
+    ),
 }

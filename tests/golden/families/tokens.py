@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.golden.harness import GIVEN, OPS, Golden, Pair, judge, load, renamed
+from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge, load, renamed
 from vitzoo import tokens
 from vitzoo.layers import Block, TokenAttention
 from vitzoo.models.vit import ViT
-from vitzoo.tokens import evit, tome
+from vitzoo.tokens import evit, tap, tome
 from vitzoo.tokens._map import TokenMap, complement
 
 ARGUMENTS = {
@@ -383,6 +384,118 @@ def tied_order(order: Tensor, published: dict[str, Tensor], block: int) -> Tenso
     return torch.where(tied, theirs, order)
 
 
+# -- TAP --------------------------------------------------------------------------------------------------------------
+
+
+def tap_pooling(golden: Golden) -> Iterator[Pair]:
+    predictor = tap.DilationPredictor(golden.spec["shape"][1], golden.spec["num_scales"]).eval()
+    predictor.load_state_dict(golden.below("state/"))
+    x = golden.tensors["input"].clone().requires_grad_()
+    weight = predictor(x)
+    y = tap.pool_tokens(x, weight)
+    (y * golden.tensors["cotangent"]).sum().backward()
+    pools = torch.stack([x, *(tap.dilated_mean(x, i) for i in range(1, golden.spec["num_scales"]))], dim=-1)
+    ours = {"output": y, "mask": weight.permute(0, 2, 3, 1)[:, None], "pools": pools, "grad/input": x.grad}
+    yield from compare(golden, "", ours | {f"grad/{name}": p.grad for name, p in predictor.named_parameters()})
+
+
+def tap_diversification(golden: Golden) -> Iterator[Pair]:
+    x = golden.tensors["input"].clone().requires_grad_()
+    loss = tap.diversification_loss(x.softmax(-1).unbind(0), golden.spec["th"])
+    loss.backward()
+    yield from compare(golden, "", {"output": loss.view(1), "grad/input": x.grad})
+
+
+def tap_model(golden: Golden) -> Iterator[Pair]:
+    raise NotYet("FAN, the backbone of TAP's published models, is not in vitzoo yet; its pooling is compared alone")
+
+
+# -- Sparsifiner ------------------------------------------------------------------------------------------------------
+
+
+def sparse_model(golden: Golden) -> Iterator[Pair]:
+    kwargs, cfg = golden.kwargs, {key.removeprefix("SPAR."): value for key, value in golden.spec["cfg"].items()}
+    names = ("attn_keep_rate_list", "token_keep_rate_list", "token_pruning_loc_indicator", "reduce_n_factor", "reduce_c_factor")
+    model = vit(golden, dict.fromkeys(names))
+    tokens.reduce(
+        model,
+        "sparsifiner",
+        attn_keep_rate=kwargs["attn_keep_rate_list"],
+        token_keep_rate=kwargs["token_keep_rate_list"],
+        prune=[i for i, here in enumerate(kwargs["token_pruning_loc_indicator"]) if here],
+        prune_rows=cfg.get("PRUNE_ATTN_MATRIX_ROW", False),
+        reduce_n=kwargs["reduce_n_factor"],
+        reduce_c=kwargs["reduce_c_factor"],
+        coefficients=cfg.get("BASIS_COEF.TOPK", 8) if cfg.get("BASIS_COEF.USE_TOPK", True) else None,
+        least_score=None if cfg.get("ATTN_SCORE.USE_TOPK", True) else cfg["ATTN_SCORE.THRESHOLD"],
+        distill=False,
+    )
+    load(model, golden.below("state/"))
+    method = model.token_reduction
+    if cfg.get("LOSS.USE_ATTN_RECON"):
+        model.train()
+        method.reconstruct = True
+    x = golden.tensors["input"].clone().requires_grad_()
+    with watched(model) as seen, sparse_parts(model) as inside:
+        y = model(x)
+    states = [seen[f"state/{i}"] for i in range(len(model.blocks))]
+    ours: dict[str, Any] = {**inside, "output": y, "features": model.norm(states[-1].x)[:, 1:]}
+    if not method.reconstruct:
+        blocks = range(len(model.blocks))
+        masks, weights = ([inside[f"{name}/{i}"] for i in blocks] for name in ("attn_mask", "basis_coef"))
+        bases = [model.blocks[i].attn.mask_predictor.basis(signed=False) for i in blocks]
+        for name, parts in (("attn_mask", masks), ("basis_coef", weights), ("basis", bases)):
+            ours[f"{name}_sparsity"] = torch.stack([(part == 0).float().mean() for part in parts]).mean().view(1)
+    ours |= {f"token_mask/{i}": s.policy[:, 1:] for i, s in enumerate(states) if s.policy is not None}
+    result = y
+    if method.reconstruct:
+        result = torch.cat([y.flatten(), *(inside[f"approx_attn/{i}"].flatten() for i in range(len(model.blocks)))])
+    (result * golden.tensors["cotangent"]).sum().backward()
+    ours |= {f"grad/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    yield from compare(golden, "", {**ours, "grad/input": x.grad})
+
+
+class sparse_parts:  # noqa: N801
+    """What the blocks of a model computed on their way to sparse attention, under the published names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.method, self.found = model, model.token_reduction, {}
+
+    def __enter__(self) -> dict[str, Any]:
+        self.handles = [
+            block.attn.mask_predictor.register_forward_hook(partial(self.note, i)) for i, block in enumerate(self.model.blocks)
+        ]
+        self.method.connections = self.connections
+        return self.found
+
+    def note(self, i: int, predictor: nn.Module, given: tuple[Tensor, ...], result: tuple[Tensor, Tensor]) -> None:
+        self.found |= {f"basis_coef/{i}": result[0], f"approx_attn/{i}": result[1]}
+
+    def connections(self, step: Any, state: Any, qkv: Any) -> Any:
+        mask, scores = type(self.method).connections(self.method, step, state, qkv)
+        with torch.no_grad():
+            logits = (qkv.q * qkv.scale).transpose(1, 2) @ qkv.k.permute(0, 2, 3, 1)
+            seen = torch.ones_like(mask) if self.method.reconstruct else mask
+            attention = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        self.found |= {f"attn_mask/{step.layer}": mask, f"masked_attn/{step.layer}": attention}
+        return mask, scores
+
+    def __exit__(self, *error: Any) -> None:
+        del self.method.connections
+        for handle in self.handles:
+            handle.remove()
+
+
+# -- FasterVLM --------------------------------------------------------------------------------------------------------
+
+
+def fastervlm_selection(golden: Golden) -> Iterator[Pair]:
+    given = golden.tensors
+    score = given["logits"].softmax(-1).mean(1)[:, 0, 1:]
+    kept, index, mask = tokens.select_tokens(given["input"][:, 1:], score, golden.spec["keep"])
+    yield from compare(golden, "", {"score": score, "mask": mask, "output": kept})
+
+
 CHECKS: dict[tuple[str, str], Callable[[Golden], Iterator[Pair]]] = {
     ("tome", "tome_parse_r"): tome_schedules,
     ("tome", "tome_ops"): tome_matching,
@@ -397,10 +510,16 @@ CHECKS: dict[tuple[str, str], Callable[[Golden], Iterator[Pair]]] = {
     ("tps", "tps_model"): lambda golden: predictor_pairs(golden, "tps"),
     ("tps", "tps_module"): squeezing,
     ("ats", "ats_model"): ats_model,
+    ("tap", "tap_pool"): tap_pooling,
+    ("tap", "adl"): tap_diversification,
+    ("tap", "tap_model"): tap_model,
+    ("sparsifiner", "sparsifiner"): sparse_model,
+    ("fastervlm", "fastervlm"): fastervlm_selection,
 }
 GIVEN_ALSO = {
     "tome_ops": (*GIVEN, "metric", "size", "rand"),
     "evit_schedule": (*GIVEN, "iters_epoch"),
+    "fastervlm": (*GIVEN, "logits"),
     "policy_softmax": (*GIVEN, "policy"),
     "dyvit_loss": (*GIVEN, "labels", "mask", "pred", "score/", "teacher_logits", "teacher_tokens", "token_pred"),
     "dyvit_train": (*GIVEN, "gumbel/"),

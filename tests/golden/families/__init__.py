@@ -11,12 +11,12 @@ from tests.golden.families import (
     cswin,
     dat,
     ffnet,
+    flatten,
     maxvit,
     nat,
     ops,
     spectformer,
     swin,
-    tokens,
     van,
 )
 from tests.golden.harness import Golden, Pair
@@ -27,6 +27,8 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "cswin": cswin.check,
     "swin": swin.check,
     "swinv2": swin.check,
+    "davit": ops.davit,
+    "flatten": flatten.check,
     "maxvit": maxvit.check,
     "nat": nat.check,
     "van": van.check,
@@ -35,8 +37,4 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "attention_modules": attention_modules.check,
     "attnet": attnet.check,
     "ops": ops.check,
-    **dict.fromkeys(
-        (f"tokens_{name}" for name in ("tome", "evit", "dynamicvit", "ats", "tps", "tap", "sparsifiner", "fastervlm")),
-        tokens.check,
-    ),
 }

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge
-from vitzoo.layers import PatternAttention
+from vitzoo.layers import ChannelAttention, OnTokens, PatternAttention, Slot
 from vitzoo.models.swin import CosineAttention, Swin
 from vitzoo.ops.attend2d.api import OP, attend2d
+from vitzoo.ops.channel_attend.api import OP as CHANNEL_OP
+from vitzoo.ops.channel_attend.api import channel_attend
 from vitzoo.patterns import Pattern, Span, grid, neighborhood, window
 
 Named = dict[str, Tensor]
@@ -180,6 +182,57 @@ def bias_index(span: Span, keys: Tensor) -> Tensor:
     """Rows of the bias table that a query's keys read: key minus query, in steps, counted from the smallest."""
     queries = torch.arange(len(keys))[:, None]
     return (keys - queries) // span.step + span.reach()
+
+
+# -- channels ---------------------------------------------------------------------------------------------------------
+
+
+def davit(golden: Golden) -> list[Pair]:
+    """Channel attention; whole models of the family are timm's."""
+    if not golden.published_class.startswith("ChannelAttention"):
+        raise NotYet(f"{golden.published_class} is timm's, with the same keys and numbers")
+    excused = ("grad/mid/attention",)  # inside the op: the gradients of q, k and v pin it
+    return judge(golden, channel_attention(golden), OPS, GIVEN, excused)
+
+
+def channel_attention(golden: Golden) -> Iterator[Pair]:
+    """The module, and in every implementation the op on what goes into it. Attention on one-hot values is its matrix."""
+    expected, heads = golden.tensors, golden.kwargs["num_heads"]
+    tokens, dim = expected["input"].shape[1:]
+    version = 2 if golden.published_class.endswith("V2") else 1
+    module = OnTokens(ChannelAttention(Slot(dim, heads, (1, tokens)), version=version), 0)
+
+    class Row(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.on_tokens = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.on_tokens(x, 1, tokens)
+
+    whole = Golden(golden.spec, {name: value for name, value in expected.items() if "mid/" not in name})
+    yield from run_module(whole, Row(), lambda named: {f"on_tokens.mixer.{key}": value for key, value in named.items()})
+    attention = module.mixer
+    depth = dim // heads
+    scale = depth**-0.5 if version == 1 else tokens**-0.5
+    with torch.no_grad():
+        q, k, v = attention.qkv(expected["input"]).unflatten(-1, (3, heads, depth)).unbind(2)
+    one_hot = torch.eye(depth)[None, :, None].expand(len(q), depth, heads, depth)
+    for implementation in CHANNEL_OP.implementations:
+        name = implementation.name
+        if version == 2:
+            matrix = channel_attend(q, k, one_hot, scale=scale, impl=name)
+            yield Pair("mid/attn", matrix.permute(0, 2, 3, 1), expected["mid/attn"], f"by {name}")
+            continue
+        matrix = channel_attend(k, v, one_hot, scale=scale, impl=name)
+        yield Pair("mid/attention", matrix.permute(0, 2, 3, 1), expected["mid/attention"], f"by {name}")
+        leaves = {key: expected[f"mid/{key}"].clone().requires_grad_() for key in ("q", "k_scaled", "v")}
+        for key, value in (("q", q), ("k_scaled", k * scale), ("v", v)):
+            yield Pair(f"mid/{key}", value.transpose(1, 2), expected[f"mid/{key}"])
+        out = channel_attend(*(leaves[key].transpose(1, 2) for key in ("k_scaled", "v", "q")), scale=1.0, impl=name)
+        total = (attention.proj(out.flatten(2)) * expected["cotangent"]).sum()
+        for key, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
+            yield Pair(f"grad/mid/{key}", gradient, expected[f"grad/mid/{key}"], f"by {name}")
 
 
 CHECKS: dict[str, Callable[[Golden], list[Pair]]] = {

@@ -17,6 +17,7 @@ from tests.golden.families import (
     ops,
     spectformer,
     swin,
+    tokens,
     van,
 )
 from tests.golden.harness import Golden, Pair
@@ -37,4 +38,8 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "attention_modules": attention_modules.check,
     "attnet": attnet.check,
     "ops": ops.check,
+    **dict.fromkeys(
+        (f"tokens_{name}" for name in ("tome", "evit", "dynamicvit", "ats", "tps", "tap", "sparsifiner", "fastervlm")),
+        tokens.check,
+    ),
 }

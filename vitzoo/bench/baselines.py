@@ -91,7 +91,9 @@ def baseline_of(name: str, model: nn.Module, img_size: int) -> tuple[str, nn.Mod
 
 
 def _to_timm(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our Swin or ViT weights under timm's names."""
+    """Our Swin, ViT or MaxViT weights under timm's names."""
+    if any(".rel_pos." in key for key in theirs):
+        return {key.replace("rel_bias", "rel_pos.relative_position_bias_table"): value for key, value in ours.items()}
     state = {}
     for key, value in ours.items():
         key = key.replace("stages.", "layers.").replace("stem.", "patch_embed.")

@@ -167,6 +167,7 @@ def test_the_input_is_never_written(shared_model):
 IDLE = {
     # the classifier reads the class token alone, and these change only patches, in the last block
     "agent_deit_*": r"blocks\.11\.attn\.mixer\.([nhw]a_bias|dwc\.\w+)",
+    "flatten_deit_*": r"blocks\.11\.attn\.mixer\.dwc\.\w+",
 }
 
 # parameters whose gradient is zero in theory, so that rounding decides what is left of it, and why

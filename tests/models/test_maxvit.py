@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models.maxvit import MaxVit
 
 import vitzoo
 from tests.models.test_contract import SIZES, assert_close, step
 from tests.models.zoo import build, ceil_div, image
+from vitzoo import checkpoints
 from vitzoo.models import maxvit
 
 
@@ -70,6 +72,29 @@ def test_torchvisions_flavor_exports_with_dynamic_batch_height_and_width():
     for size in ((33, 47), (97, 250)):
         with torch.no_grad():
             assert_close(exported(image(*size)), model(image(*size)))
+
+
+def test_torchvisions_weights_give_torchvisions_numbers():
+    torch.manual_seed(6)
+    sizes = dict(stem_channels=8, block_channels=[8, 16, 24], block_layers=[1, 2, 1], mlp_ratio=2, expansion_ratio=2)
+    theirs = MaxVit((64, 64), partition_size=2, head_dim=8, stochastic_depth_prob=0.0, num_classes=10, **sizes).eval()
+    with torch.no_grad():
+        for name, value in theirs.state_dict().items():
+            if value.is_floating_point():
+                value.uniform_(0.5, 1.5) if name.endswith("running_var") else value.normal_(std=0.3)
+    ours = maxvit.MaxViT(
+        stem_width=8, embed_dim=(8, 16, 24), depths=(1, 2, 1), num_heads=(1, 2, 3), window_size=2, mlp_ratio=2,
+        expand_ratio=2, num_classes=10, flavor="tv",
+    ).eval()  # fmt: skip
+    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), ours), strict=True)
+    x = image(64, 64)
+    logits, gradients = step(ours, x)
+    expected, published = step(theirs, x)
+    assert_close(logits, expected)
+    with torch.no_grad():
+        assert_close(ours(x), expected)
+    for name, value in checkpoints.convert({name: g for name, g in published.items() if g is not None}, ours).items():
+        torch.testing.assert_close(gradients[name], value, rtol=0, atol=2e-4 * value.abs().max().item(), msg=name)
 
 
 def test_a_backbone_trains_all_that_it_keeps():

@@ -102,7 +102,7 @@ class DATConfig(PyramidConfig):
     offset_range: float | tuple[float, ...] = -1.0
     bias: str | tuple[str, ...] = "table"
     pooled: bool | tuple[bool, ...] = False
-    sr_ratios: int | tuple[int, ...] = (8, 4, 2, 1)
+    sr_ratios: int | tuple[int, ...] = 1
     table_img_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -361,7 +361,7 @@ class DAT(Pyramid):
             if head == "patch_proj":
                 projected = cfg.stem_dim not in (None, cfg.dims[0])
                 names = _STEM if cfg.version == 2 and cfg.conv_patches else _PATCH_STEM
-                key = ".".join(["stem.embed" if projected else "stem", names[rest[0]], rest[-1]])
+                key = ".".join(["stem.embed" if projected else "stem", names.get(rest[0], rest[0]), rest[-1]])
             elif head == "down_projs":
                 key = f"stages.{int(rest[0]) + 1}.downsample.{'reduction' if rest[1] == '0' else 'norm'}.{rest[-1]}"
             elif head in ("cls_norm", "cls_head"):
@@ -372,7 +372,7 @@ class DAT(Pyramid):
                 i, part, *tail = rest
                 if part == "proj":
                     key, value = f"stem.project.{tail[-1]}", _as_linear(value)
-                else:
+                elif part in _PARTS and int(i) < len(cfg.blocks):
                     found = _in_block(cfg, int(i), part, tail, value)
                     if found is None:
                         continue
@@ -386,6 +386,7 @@ class DAT(Pyramid):
 
 _STEM = {"0": "proj", "1": "norm1", "3": "proj2", "4": "norm"}
 _PATCH_STEM = {"0": "proj", "1": "norm"}
+_PARTS = ("attns", "layer_norms", "layer_scales", "ln_cnvnxt", "local_perception_units", "mlps")
 _MLP = {"linear1": "fc1", "linear2": "fc2", "dwc": "dwconv"}
 _ATTENTION = {
     "proj_qkv": "qkv",
@@ -443,10 +444,9 @@ def _in_attention(cfg: DATConfig, i: int, j: int, tail: list[str], value: Tensor
         side = round(len(value) ** 0.5)
         return "attn.rel_bias", value.view(side, side, -1).permute(2, 0, 1).flip(1, 2)  # query minus key to key minus query
     if name == "rpe_table":
-        if cfg.at("bias", i) == "table":
-            return "attn.rel_bias", value.flip(1, 2)
-        own = {"mlp": "cpb_mlp", "conv": "pe_conv", "fixed": "pair_bias"}[cfg.at("bias", i)]
-        return ".".join(["attn", own, *tail[1:]]), value
+        kind = cfg.at("bias", i)
+        own = {"table": "rel_bias", "mlp": "cpb_mlp", "conv": "pe_conv", "fixed": "pair_bias"}.get(kind, name)
+        return ".".join(["attn", own, *tail[1:]]), value.flip(1, 2) if kind == "table" and value.ndim == 3 else value
     if len(tail) == 1:
         return f"attn.{_ATTENTION.get(name, name)}", value
     part = ".".join(tail[:-1])
@@ -493,16 +493,15 @@ _PP_BASE = _v2(128, (2, 4, 8, 16), 0.7)
 VARIANTS = {
     "dat_micro": DATConfig(
         embed_dim=32,
-        depths=(2, 2, 2),
+        depths=(1, 2, 1),
         num_heads=(1, 2, 4),
         mlp_ratio=2.0,
-        blocks=("LS", "ND", "DD"),
+        blocks=("S", "ND", "D"),
         window_size=4,
         kernel_size=3,
         groups=(1, 2, 2),
         sample_strides=(4, 2, 1),
         offset_kernels=(7, 5, 3),
-        sr_ratios=(4, 2, 1),
         img_size=32,
     ),
     "dat_tiny": _v1(96, 6, 0.2),

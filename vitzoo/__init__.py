@@ -4,13 +4,48 @@
 registry, so that ``timm.create_model("nat_tiny")`` and everything built on timm knows them.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from vitzoo.models import ModelInfo, create_model, list_families, list_mixers, list_models, model_info
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from vitzoo import models
+from vitzoo.models import ModelInfo, list_families, list_mixers, list_models, model_info
+
+if TYPE_CHECKING:
+    from torch import nn
 
 try:
     __version__ = version("vitzoo")
 except PackageNotFoundError:  # imported from a checkout that was never installed
     __version__ = "0+unknown"
+
+
+def create_model(
+    model_name: str, pretrained: bool = False, *, token_reduction: str | dict[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build a model by name: ours where we have the name, else timm's.
+
+    Args:
+        model_name: a name, optionally with a tag (``"swin_tiny_patch4_window7_224.ms_in22k"``).
+        pretrained: load the published weights.
+        token_reduction: a method of ``vitzoo.tokens``, put into the model after its weights: its name, whose options are then
+            keywords (``token_reduction="tome", r=13``), or a dict with the name and the options.
+        **kwargs: see ``vitzoo.models.create_model``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as ``vitzoo.models.create_model`` and ``vitzoo.tokens.reduce``.
+        TypeError: a keyword that neither the model nor the method has.
+    """
+    if token_reduction is None:
+        return models.create_model(model_name, pretrained=pretrained, **kwargs)
+    from vitzoo import tokens
+
+    name, options = tokens.options_of(token_reduction, kwargs)
+    return tokens.reduce(models.create_model(model_name, pretrained=pretrained, **kwargs), name, **options)
+
 
 __all__ = ["ModelInfo", "__version__", "create_model", "list_families", "list_mixers", "list_models", "model_info"]

@@ -7,7 +7,7 @@ tokens in a file of its own, with its learned part, if any, as a small module.
 from vitzoo.tokens import ats, dynamicvit, evit, fastervlm, mstm, skipvit, spa, sparsifiner, tap, tome, tps
 from vitzoo.tokens._map import TokenMap
 from vitzoo.tokens._schedule import KeepRate, merge_schedule
-from vitzoo.tokens._wrap import METHODS, Method, backbone_of, follow, is_reduced, reduce, restore
+from vitzoo.tokens._wrap import METHODS, Method, backbone_of, follow, is_reduced, options_of, reduce, restore
 from vitzoo.tokens.fastervlm import encode_and_select, select_tokens
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "is_reduced",
     "merge_schedule",
     "mstm",
+    "options_of",
     "reduce",
     "restore",
     "select_tokens",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -310,6 +310,28 @@ def reduce(model: nn.Module, method: str | Method, **options: Any) -> nn.Module:
     for own in (forward_intermediates, prune_intermediate_layers, extra_loss, set_epoch):
         setattr(target, own.__name__, partial(own, target))
     return model
+
+
+def options_of(wanted: str | dict[str, Any], keywords: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A method's name and its options, from what ``create_model`` was given.
+
+    Args:
+        wanted: a name, or a dict with ``name`` and options.
+        keywords: further keywords; those that are options of the named method are taken out.
+
+    Returns:
+        Name and options.
+
+    Raises:
+        ValueError: a dict without a name.
+    """
+    if not isinstance(wanted, str):
+        options = dict(wanted)
+        if "name" not in options:
+            raise ValueError(f"token_reduction needs a name: {{'name': 'tome', ...}}. Got {wanted}.")
+        return options.pop("name"), options
+    known = {field.name for field in fields(METHODS[wanted])} if wanted in METHODS else set()
+    return wanted, {key: keywords.pop(key) for key in list(keywords) if key in known}
 
 
 def restore(model: nn.Module) -> nn.Module:

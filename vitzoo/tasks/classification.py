@@ -148,7 +148,13 @@ class Classification(LightningModule):
         images, labels = batch
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
-        loss = self.loss(self(images), labels)
+        if hasattr(self.model, "set_epoch"):  # a part of the model changes with the training, such as a keep rate
+            self.model.set_epoch(self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches))
+        logits = self(images)
+        loss = self.loss(logits, labels)
+        if hasattr(self.model, "extra_loss"):  # what a part of the model learns beside the labels
+            extra = self.model.extra_loss(images, labels, logits)
+            loss = loss if extra is None else loss + extra
         self.last_loss = loss.detach()
         return loss
 

@@ -3,6 +3,8 @@
     python train.py                                                              # handwritten digits, nothing to download
     python train.py fit --config configs/finetune/folder.yaml --data.root DIR    # your own pictures
     python train.py fit --config configs/imagenet/nat_tiny.yaml --data.root DIR
+    python train.py fit --config configs/detection/quickstart.yaml               # boxes around rendered shapes
+    python train.py fit --config configs/segmentation/quickstart.yaml            # a class for every pixel of them
     python train.py fit --config ... --ckpt_path last                            # go on with a run that was stopped
     python train.py validate --config ...                                        # best.ckpt of the run's folder
     python train.py predict --config ... --data.predict FOLDER                   # predictions.csv in the run's folder

@@ -15,8 +15,17 @@ import torch
 import yaml
 from PIL import Image
 
+import vitzoo
+from tests.data import coco
+
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+ALL_CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+DENSE = {
+    path: task
+    for path in ALL_CONFIGS
+    if (task := yaml.safe_load(path.read_text()).get("task", "classification")) != "classification"
+}
+CONFIGS = [path for path in ALL_CONFIGS if path not in DENSE]
 QUICK = ["--config", "configs/quickstart.yaml", "--trainer.accelerator", "cpu"]
 SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4", "--data.batch_size", "16", "--save_every", "1"]
 
@@ -179,6 +188,123 @@ def test_every_config_runs_a_step(train, pictures, tmp_path, config):
     )  # fmt: skip
     assert "pictures an update, learning rate" in said
     assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("config", DENSE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_dense_config_has_a_header_and_keys_that_there_are(train, capsys, config):
+    text = config.read_text()
+    assert text.startswith("# ")
+    assert "command" in text.split("\nseed_everything")[0]
+    assert "expect" in text.split("\nseed_everything")[0]
+    assert str(config.relative_to(ROOT)) in text
+    settings = yaml.safe_load(text)
+    vitzoo.model_info(settings["model"]["backbone"], **settings["model"].get("kwargs", {}))
+    said = train("fit", "--config", config, "--print_config")
+    assert said in ("0", "None"), said
+
+
+ONE_STEP = {
+    "detection/quickstart": ["--data.train_scenes", 2, "--data.val_scenes", 2],
+    "segmentation/quickstart": ["--data.train_scenes", 2, "--data.val_scenes", 2],
+    "detection/maskrcnn_swin_tiny_1x": ["--model.kwargs.depths", "[1,1,1,1]"],
+    "segmentation/upernet_swin_tiny": ["--model.kwargs.depths", "[1,1,1,1]", "--model.channels", 32],
+}
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_dense_recipes_run_a_step(train, tmp_path, name):
+    task = name.split("/")[0]
+    stand_in = []
+    if "quickstart" not in name:
+        stand_in = ["--data.root", coco.write(tmp_path / "data") if task == "detection" else ade20k(tmp_path / "data")]
+        stand_in += ["--model.pretrained", "false", "--trainer.sync_batchnorm", "false"]
+        small = {"detection": ["--model.min_size", "[64]", "--model.max_size", 96], "segmentation": ["--data.crop", 64]}
+        stand_in += [*small[task], *([] if task == "detection" else ["--data.size", 64])]
+    said = train(
+        "fit", "--config", ROOT / f"configs/{name}.yaml", *stand_in, *ONE_STEP[name], "--data.batch_size", 2,
+        "--data.num_workers", 0, "--trainer.fast_dev_run", 1, "--trainer.precision", "32-true",
+        "--trainer.accelerator", "cpu", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "pictures an update, learning rate" in said
+
+
+def ade20k(root):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.RandomState(i).randint(0, 255, (70, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"images/{split}/{i}.jpg")
+            Image.fromarray(pixels[..., 0] % 151).save(root / f"annotations/{split}/{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(("task", "figure"), [("detection", "box AP"), ("segmentation", "mIoU")])
+def test_a_dense_run_leaves_its_figure_and_a_picture(train, pictures, tmp_path, task, figure):
+    use = [
+        "--config",
+        f"configs/{task}/quickstart.yaml",
+        "--data.train_scenes",
+        8,
+        "--data.val_scenes",
+        3,
+        "--out",
+        tmp_path / "run",
+    ]
+    use += ["--trainer.accelerator", "cpu", "--data.scene_size", 64, "--data.batch_size", 4]
+    if task == "segmentation":
+        use += ["--data.crop", 64]
+    said = train("fit", *use, "--trainer.max_epochs", 2, "--trainer.check_val_every_n_epoch", 1)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"{figure} 0.")
+    assert "on 3 held-out pictures" in last
+    assert np.asarray(Image.open(tmp_path / "run/result.png").convert("L")).std() > 5
+    columns = rows(tmp_path / "run")[-1]
+    assert columns["val_box_ap" if task == "detection" else "val_miou"] != ""
+    again = train("validate", *use)
+    assert again.split(",")[0] == last.split(" on ")[0]
+    said = train("predict", *use, "--data.predict", pictures / "val")
+    assert "6 pictures" in said
+    assert len(list((tmp_path / "run/predictions").iterdir())) == (6 if task == "detection" else 12)
+    assert (
+        "the detector fcos and this run has retinanet" in train("validate", *use, "--model.kind", "retinanet")
+        if task == "detection"
+        else True
+    )
+    longer = train("fit", *use, "--trainer.max_epochs", 3, "--ckpt_path", "last", "--trainer.check_val_every_n_epoch", 1)
+    assert "epoch 3/3" in longer
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "words"),
+    [
+        ("detection", ["--task", "detektion"], ["no task 'detektion'", "'detection'"]),
+        ("detection", ["--model.bakcbone", "x"], ["no key 'model.bakcbone'", "'model.backbone'"]),
+        ("detection", ["--model.backbone", "nat_mikro"], ["nat_micro"]),
+        ("detection", ["--model.kind", "fcoss"], ["fcoss", "'fcos'"]),
+        ("detection", ["--model.detector_kwargs.nms_tresh", "0.5"], ["nms_tresh", "nms_thresh"]),
+        ("detection", ["--data.root", "/nowhere"], ["/nowhere", "no directory"]),
+        ("segmentation", ["--model.class_weights", "[1, 2]"], ["2 numbers", "5 classes"]),
+        ("segmentation", ["--model.inference", "part"], ["'part'", "'whole' or 'slide'"]),
+        ("segmentation", ["--model.kind", "unett"], ["'unet'"]),
+    ],
+)
+def test_what_is_wrong_in_a_dense_run_is_said_in_one_sentence(train, tmp_path, task, arguments, words):
+    use = [
+        "--config",
+        f"configs/{task}/quickstart.yaml",
+        "--data.train_scenes",
+        2,
+        "--data.val_scenes",
+        1,
+        "--data.batch_size",
+        2,
+    ]
+    said = train("fit", *use, "--out", tmp_path / "run", *arguments)
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    for word in words:
+        assert word in said
 
 
 def test_the_papers_rate_is_scaled_as_the_config_says(train, pictures, tmp_path):

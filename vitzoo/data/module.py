@@ -6,12 +6,9 @@ import os
 import warnings
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
 from timm.data import resolve_data_config
-from torch.utils.data import DataLoader
 
-from .batches import StepBatches
+from .base import StepData, workers
 from .errors import UserError
 from .folders import Split, find_splits
 from .images import DigitImages, FolderImages, Images, list_images
@@ -20,7 +17,7 @@ from .transforms import eval_transform, train_transform
 __all__ = ["ImageData"]
 
 
-class ImageData(LightningDataModule):
+class ImageData(StepData):
     """Pictures with a class each, for Lightning.
 
     Args:
@@ -89,11 +86,8 @@ class ImageData(LightningDataModule):
         if root != "digits":
             self.classes, self.splits = find_splits(root, val_fraction)
         self.num_classes = len(self.classes)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_workers = num_workers if num_workers is not None else (min(8, cores) if self.splits else 0)
+        self.num_workers = workers(num_workers, embedded=not self.splits)
         self.sets: dict[str, Images] = {}
-        self.position = (0, 0)
-        self._saved_batches: int | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets of "fit", "validate", "test" or "predict", with the data config of the trainer's model."""
@@ -105,11 +99,7 @@ class ImageData(LightningDataModule):
             augmentation = {key: hp[key] for key in keys}
             augment = train_transform(config, affine=hp.affine, interpolation=hp.train_interpolation, **augmentation)
             self.sets["train"] = self._make("train", augment)
-            if len(self.sets["train"]) < hp.batch_size:
-                raise UserError(
-                    f"data.batch_size is {hp.batch_size}, and there are only {len(self.sets['train'])} training pictures. "
-                    f"Give --data.batch_size {max(1, len(self.sets['train']) // 4)} or less."
-                )
+            self.enough()
         if stage != "predict":
             for split in ("test",) if stage == "test" else ("val",):
                 self.sets.setdefault(split, self._make(split, plain))
@@ -137,74 +127,6 @@ class ImageData(LightningDataModule):
             return DigitImages(split, transform)
         samples: Split = self.splits[split]
         return FolderImages(samples, self.classes, transform, skip_corrupt=self.hparams.skip_corrupt, exif=self.hparams.exif)
-
-    @property
-    def world(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    @property
-    def train_batches(self) -> int:
-        """Steps in a whole epoch; known without building a loader, so that a schedule can be computed from it."""
-        return len(self.sets["train"]) // self.hparams.batch_size
-
-    def train_dataloader(self) -> DataLoader:
-        """Batches from the position of the checkpoint that was loaded, else from the start."""
-        rank, world = self.world
-        hp = self.hparams
-        if hp.batch_size % world:
-            raise UserError(f"data.batch_size {hp.batch_size} counts all devices, and {world} devices do not divide it.")
-        if self._saved_batches is not None and self._saved_batches != self.epoch_batches():
-            raise UserError(
-                f"The checkpoint was written in epochs of {self._saved_batches} steps, and now there are "
-                f"{self.epoch_batches()}: go on with the same data and data.batch_size."
-            )
-        batches = StepBatches(len(self.sets["train"]), hp.batch_size, hp.seed, rank=rank, world=world, position=self.position)
-        return DataLoader(self.sets["train"], batch_sampler=batches, **self._loading())
-
-    def epoch_batches(self) -> int:
-        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        return int(self.train_batches * limit) if isinstance(limit, float) else min(limit, self.train_batches)
-
-    def _evaluation(self, split: str) -> DataLoader:
-        rank, world = self.world
-        every = range(rank, len(self.sets[split]), world)  # each picture once, also where ``world`` does not divide
-        size = max(1, self.hparams.batch_size // world)
-        return DataLoader(self.sets[split], batch_size=size, sampler=every, **self._loading())
-
-    def val_dataloader(self) -> DataLoader:
-        """Each held-out picture once."""
-        return self._evaluation("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Each picture of ``test/`` once, or of the held-out ones where there is no ``test/``."""
-        return self._evaluation("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """Each picture below ``predict`` once, with its number instead of a label."""
-        return self._evaluation("predict")
-
-    def _loading(self) -> dict[str, Any]:
-        workers = self.num_workers
-        return {
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def state_dict(self) -> dict[str, int]:
-        """Position of the next training batch, from the number of batches done (mid-epoch checkpoints, batch ended)."""
-        if self.trainer is None or "train" not in self.sets:
-            return {}
-        per_epoch = self.epoch_batches()
-        done = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return {"epoch": done // per_epoch, "batch": done % per_epoch, "batches": per_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Start the next training loader at a saved position; called before any loader exists."""
-        if state_dict:
-            self.position = state_dict["epoch"], state_dict["batch"]
-            self._saved_batches = state_dict["batches"]
 
     def teardown(self, stage: str | None = None) -> None:
         """Say how many files could not be read."""

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import vitzoo
-from vitzoo.data.batches import mix, reseed
 from vitzoo.data.errors import UserError
+from vitzoo.tasks.base import Task
 from vitzoo.tasks.losses import build_loss, build_mixup
-from vitzoo.tasks.optim import build_optimizer, build_schedule, scaled, updates_per_epoch
+from vitzoo.tasks.predictions import Predictions
+from vitzoo.tasks.report import draw
 
 __all__ = ["Classification"]
 
 
-class Classification(LightningModule):
+class Classification(Task):
     """Train and evaluate a classifier.
 
     Args:
@@ -61,6 +61,10 @@ class Classification(LightningModule):
         UserError: An unknown model (the nearest names are given), an argument that the model does not take.
     """
 
+    FIGURES = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
+    CURVES = ("loss", "top1", "top5")
+    IDENTITY = {"name": "the model", "num_classes": "a head for this number of classes:"}
+
     def __init__(
         self,
         name: str,
@@ -97,7 +101,7 @@ class Classification(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         extra = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
-        self.model = _create(name, pretrained, num_classes, extra)
+        self.model: Any = _create(name, pretrained, num_classes, extra)
         if grad_checkpointing:
             cast(Any, self.model).set_grad_checkpointing(True)
         if channels_last:
@@ -111,8 +115,7 @@ class Classification(LightningModule):
             tops["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.accuracy = MetricCollection(tops)
         self.eval_loss = MeanMetric()
-        self.confusion = MulticlassConfusionMatrix(num_classes)
-        self.last_loss: Tensor | None = None  # of the latest step, detached: the bar and the history read it
+        self.confusion: Any = MulticlassConfusionMatrix(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
@@ -136,12 +139,6 @@ class Classification(LightningModule):
                     f"mixup and cutmix pair the pictures of a batch, and {share} on a device is odd. "
                     f"Give --data.batch_size {(share + 1) * self.trainer.world_size}, or turn both off."
                 )
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout, drop path and mixup by the step, so that a resumed run draws what it would have drawn."""
-        data = getattr(self.trainer, "datamodule", None)
-        seed = data.hparams.seed if data is not None else 0
-        reseed(mix(seed, "step", self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch: images ``[B, C, H, W]``, labels ``[B]``."""
@@ -212,78 +209,32 @@ class Classification(LightningModule):
         best, label = probability.max(-1)
         return numbers.cpu(), label.cpu(), best.cpu()
 
-    def update_batch(self) -> int:
-        """Pictures that an optimiser's update sees, over all devices."""
-        return self.trainer.datamodule.hparams.batch_size * self.trainer.accumulate_grad_batches
+    @property
+    def title(self) -> str:
+        """The model's name."""
+        return self.hparams.name
 
-    def learning_rates(self) -> dict[str, float]:
-        """``lr``, ``warmup_lr`` and ``min_lr`` after scaling."""
-        hp = self.hparams
-        return {key: scaled(hp[key], self.update_batch(), hp.lr_batch) for key in ("lr", "warmup_lr", "min_lr")}
+    def evaluated(self) -> int:
+        """Pictures of the last evaluation; every process takes part."""
+        return int(self.confusion.compute().sum())
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """timm's optimiser and its schedule by update."""
-        hp, rates, trainer = self.hparams, self.learning_rates(), self.trainer
-        optimizer = build_optimizer(
-            self.model, hp.optimizer, rates["lr"], hp.weight_decay, hp.layer_decay, dict(hp.optimizer_kwargs)
-        )
-        # not trainer.estimated_stepping_batches: it makes the training loader before the loops are restored
-        per_epoch = updates_per_epoch(trainer.datamodule.epoch_batches(), trainer.accumulate_grad_batches)
-        epochs = trainer.max_epochs
-        if epochs is None or epochs < 0:
-            raise UserError("The schedule ends with the run: give --trainer.max_epochs.")
-        if trainer.fast_dev_run:
-            epochs = math.ceil(hp.warmup_epochs + hp.cooldown_epochs) + 1
-        if hp.cooldown_epochs >= epochs:
+    def draw_result(self, rows: list[dict[str, Any]], classes: list[str], title: str, path: Path) -> None:
+        """Learning curve and confusion matrix, after :meth:`evaluated`."""
+        draw(rows, self.confusion.compute().cpu().numpy(), classes, title, path)
+
+    def published_fits(self, data: Any) -> None:
+        """Published weights know their own classes: refuse to measure a new, untrained head."""
+        theirs = self.model.pretrained_cfg.get("num_classes")
+        if theirs != data.num_classes:
             raise UserError(
-                f"model.cooldown_epochs {hp.cooldown_epochs:g} are part of trainer.max_epochs {epochs} and leave nothing "
-                "before them: fewer, such as --model.cooldown_epochs 0."
+                f"{self.hparams.name}'s published weights know {theirs} classes and {data.hparams.root} has "
+                f"{data.num_classes}: train first, or give --ckpt_path."
             )
-        schedule = build_schedule(
-            optimizer,
-            hp.schedule,
-            epochs=epochs,
-            per_epoch=per_epoch,
-            warmup_epochs=hp.warmup_epochs,
-            cooldown_epochs=hp.cooldown_epochs,
-            warmup_lr=rates["warmup_lr"],
-            min_lr=rates["min_lr"],
-            warmup_prefix=hp.warmup_prefix,
-            decay_epochs=hp.decay_epochs,
-            decay_rate=hp.decay_rate,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """timm's schedules take the number of updates done."""
-        scheduler.step(self.global_step)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Weight averaging, where ``ema`` asks for it."""
-        fitting = self.trainer.state.fn == "fit"
-        return [EMAWeightAveraging(decay=self.hparams.ema)] if fitting and self.hparams.ema is not None else []
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the names of the classes beside the weights."""
-        checkpoint["classes"] = list(getattr(self.trainer.datamodule, "classes", []))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or of other classes, before its tensors do not fit."""
-        theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
-        for key, what in (("name", "the model"), ("num_classes", "a head for this number of classes:")):
-            if theirs.get(key, ours[key]) != ours[key]:
-                raise UserError(
-                    f"The checkpoint holds {what} {theirs[key]} and this run has {ours[key]}. Give --model.name and "
-                    "--data.root as they were when it was trained."
-                )
-        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        stored, present = checkpoint.get("classes"), list(getattr(data, "classes", []))
-        if stored and present and stored != present:
-            other = next(i for i, pair in enumerate(zip(stored, present, strict=True)) if pair[0] != pair[1])
-            raise UserError(
-                f"The checkpoint's class {other} is {stored[other]!r}, the data's is {present[other]!r}: the folders' "
-                "names must be those it was trained on."
-            )
+    @staticmethod
+    def predictions(folder: str) -> Callback:
+        """``predictions.csv``."""
+        return Predictions(folder)
 
 
 def _create(name: str, pretrained: bool, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The command line of ``train.py``: Lightning's, with flat YAML, one folder a run, and errors in one sentence."""
+"""The command line of ``train.py`` for every task: Lightning's, flat YAML, one folder a run, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -10,20 +10,62 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vitzoo.data import ImageData, UserError
+from vitzoo.data import DetectionData, ImageData, SegmentationData, UserError
 from vitzoo.tasks.checkpointing import AtomicCheckpointIO, Checkpoints
 from vitzoo.tasks.classification import Classification
+from vitzoo.tasks.detection import Detection
 from vitzoo.tasks.history import History
-from vitzoo.tasks.predictions import Predictions
 from vitzoo.tasks.progress import Bar, Lines, say
-from vitzoo.tasks.report import draw
+from vitzoo.tasks.segmentation import Segmentation
 
-__all__ = ["Command", "quiet"]
+__all__ = ["TASKS", "Command", "quiet", "task_of"]
+
+TASKS: dict[str, tuple[Any, Any]] = {
+    "classification": (Classification, ImageData),
+    "detection": (Detection, DetectionData),
+    "segmentation": (Segmentation, SegmentationData),
+}
+
+
+def task_of(arguments: list[str]) -> str:
+    """The task that a command line asks for: its ``--task``, else the ``task:`` of its config, else classification.
+
+    Looked up before the parser is made, because the task decides which keys there are.
+
+    Args:
+        arguments: of the command line, without the program's name.
+
+    Returns:
+        A key of :data:`TASKS`.
+
+    Raises:
+        UserError: Another task, or a config that is no YAML.
+    """
+    named = "classification"
+    for key in ("--config", "-c", "--task"):
+        for i, argument in enumerate(arguments):
+            value = argument.partition("=")[2] if argument.startswith(f"{key}=") else None
+            if argument == key and i + 1 < len(arguments):
+                value = arguments[i + 1]
+            if value is not None and key == "--task":
+                named = value
+            elif value is not None and Path(value).is_file():
+                try:
+                    content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+                except (yaml.YAMLError, UnicodeDecodeError) as error:
+                    raise UserError(f"{value} is no YAML: {' '.join(str(error).split())}") from error
+                named = content.get("task", named) if isinstance(content, dict) else named
+    if named not in TASKS:
+        near = difflib.get_close_matches(str(named), TASKS, n=1)
+        hint = f" The nearest is {near[0]!r}." if near else ""
+        raise UserError(f"There is no task {named!r}; there are {', '.join(TASKS)}.{hint}")
+    return named
 
 
 def quiet() -> None:
@@ -77,18 +119,25 @@ class _SaveConfig(SaveConfigCallback):
         self.parser.save(again, path, overwrite=True, multifile=False)
 
 
+def _needs_masks(kind: str) -> bool:
+    return "mask" in kind
+
+
 class Command(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` for :class:`Classification` on :class:`ImageData`.
+    """``fit``, ``validate``, ``test`` and ``predict`` for one of :data:`TASKS`, which the config names.
 
     All of a run lies in the folder ``out``: ``config.yaml``, ``last.ckpt``, ``best.ckpt``, ``metrics.csv``,
-    ``tensorboard/``, ``result.png``, ``predictions.csv``. ``--ckpt_path last`` goes on with a run that was stopped, or
+    ``tensorboard/``, ``result.png``, the predictions. ``--ckpt_path last`` goes on with a run that was stopped, or
     begins it where there is none; without it an earlier run in the folder is moved aside, never overwritten.
     """
 
     def __init__(self) -> None:
+        self.task = task_of(sys.argv[1:])
+        model, data = TASKS[self.task]
+        self.figure, self.figure_name = next(iter(model.FIGURES.items()))
         super().__init__(
-            Classification,
-            ImageData,
+            model,
+            data,
             save_config_callback=_SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False, "log_every_n_steps": 20},
@@ -107,7 +156,10 @@ class Command(LightningCLI):
         """``out`` and ``save_every``; the data decides the number of classes, the run's seed that of the data."""
         parser.add_argument("--out", type=str, default="runs/run", help="Folder of the run.")
         parser.add_argument("--save_every", type=int, default=200, help="Updates between two last.ckpt.")
+        parser.add_argument("--task", type=str, default=self.task, help=f"{', '.join(TASKS)}.")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        if self.task == "detection":
+            parser.link_arguments("model.kind", "data.masks", compute_fn=_needs_masks)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -142,9 +194,10 @@ class Command(LightningCLI):
         """A trainer with this run's folder, checkpoints, history, bar and loggers."""
         config = self.config_init[self.subcommand]
         out, trainer = config.out, config.trainer
-        self.history = History(out)
-        self.checkpoints = Checkpoints(out, every=config.save_every)
-        self.predictions = Predictions(out)
+        model = TASKS[self.task][0]
+        self.history = History(out, model.CURVES)
+        self.checkpoints = Checkpoints(out, every=config.save_every, monitor=f"val/{self.figure}")
+        self.predictions = model.predictions(out)
         callbacks = [*(trainer.callbacks or []), self.history, self.predictions]
         bar = sys.stdout.isatty() and trainer.enable_progress_bar is not False
         callbacks.append(Bar() if bar else Lines(self.history))
@@ -181,7 +234,7 @@ class Command(LightningCLI):
         if hp.lr_batch is not None:
             rate = f"{hp.lr * update / hp.lr_batch:g} = {hp.lr:g} x {update} / {hp.lr_batch}"
         say(
-            f"{hp.name}, {millions:.2f} M parameters, {self.datamodule.num_classes} classes from {data.root}; "
+            f"{self.model.title}, {millions:.2f} M parameters, {self.datamodule.num_classes} classes from {data.root}; "
             f"{update} pictures an update, learning rate {rate}; into {out}/"
         )
 
@@ -195,30 +248,30 @@ class Command(LightningCLI):
         kept = (History, Checkpoints, WeightAveraging)
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, kept)]
         self.validate(model=self.model, datamodule=self.datamodule, ckpt_path=weights and str(weights))
-        if "val/top1" not in trainer.callback_metrics:
+        if f"val/{self.figure}" not in trainer.callback_metrics:
             return
-        confusion = self.model.confusion.compute().cpu().numpy()  # every process takes part
+        count = self.model.evaluated()  # every process takes part
         if not trainer.is_global_zero:
             return
-        top1 = float(trainer.callback_metrics["val/top1"])
-        count = int(confusion.sum())
-        title = f"{self.model.hparams.name}: top-1 {top1:.4f} on {count} held-out pictures"
-        draw(self.history.rows, confusion, self.datamodule.classes, title, out / "result.png")
+        name, best = self.figure_name, float(trainer.callback_metrics[f"val/{self.figure}"])
+        title = f"{self.model.title}: {name} {best:.4f} on {count} held-out pictures"
+        self.model.draw_result(self.history.rows, self.datamodule.classes, title, out / "result.png")
         of = ""
-        if self.history.rows and (best := self.checkpoints.best_epoch) is not None:
-            last = self.history.rows[-1]["val_top1"]
-            of = f" (best, epoch {best + 1} of {trainer.max_epochs}; last epoch {last:.4f})"
-        say(f"top-1 {top1:.4f} on {count} held-out pictures{of}; weights {weights}; curves {out / 'result.png'}")
+        if self.history.rows and (epoch := self.checkpoints.best_epoch) is not None:
+            last = next(
+                row[f"val_{self.figure}"] for row in reversed(self.history.rows) if row[f"val_{self.figure}"] is not None
+            )
+            of = f" (best, epoch {epoch + 1} of {trainer.max_epochs}; last validation {last:.4f})"
+        others = self._text("val", skip=self.figure)
+        say(
+            f"{name} {best:.4f} on {count} held-out pictures{of}{others and '; ' + others}; weights {weights}; "
+            f"curves {out / 'result.png'}"
+        )
 
     def _published_head_fits(self) -> None:
-        """Published weights know their own classes: refuse to measure a new, untrained head."""
+        """Without a checkpoint, published weights must be able to do the task."""
         if self.config_init[self.subcommand].ckpt_path is None:
-            theirs = self.model.model.pretrained_cfg.get("num_classes")
-            if theirs != self.datamodule.num_classes:
-                raise UserError(
-                    f"{self.model.hparams.name}'s published weights know {theirs} classes and "
-                    f"{self.datamodule.hparams.root} has {self.datamodule.num_classes}: train first, or give --ckpt_path."
-                )
+            self.model.published_fits(self.datamodule)
 
     before_validate = before_test = before_predict = _published_head_fits
 
@@ -244,12 +297,15 @@ class Command(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the predictions lie."""
-        say(f"{len(self.predictions.rows)} pictures; class and probability in {self.predictions.path}")
+        say(self.predictions.summary())
+
+    def _text(self, stage: str, skip: str = "") -> str:
+        """The figures of an evaluation in print, those that the data has no objects for left out."""
+        found = {key.removeprefix(f"{stage}/"): float(value) for key, value in self.trainer.callback_metrics.items()}
+        names = self.model.FIGURES
+        return ", ".join(f"{names[key]} {found[key]:.4f}" for key in names if key in found and key != skip)
 
     def _figures(self, stage: str) -> None:
-        found = {key.removeprefix(f"{stage}/"): float(value) for key, value in self.trainer.callback_metrics.items()}
-        names = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
-        text = ", ".join(f"{names[key]} {found[key]:.4f}" for key in names if key in found)
         weights = self.config_init[self.subcommand].ckpt_path or "published weights"
-        count = int(self.model.confusion.compute().sum())  # every process takes part
-        say(f"{text} on {count} pictures ({stage}); weights {weights}")
+        count = self.model.evaluated()  # every process takes part
+        say(f"{self._text(stage)} on {count} pictures ({stage}); weights {weights}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-__all__ = ["COLUMNS", "History"]
-
-COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
+__all__ = ["History"]
 
 
 class History(Callback):
@@ -27,10 +26,12 @@ class History(Callback):
 
     Args:
         folder: Of ``metrics.csv``.
+        curves: Figures of the validation that have a column.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, curves: Sequence[str] = ("loss", "top1", "top5")) -> None:
         super().__init__()
+        self.curves = tuple(curves)
         self.path = Path(folder) / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
         self._sum: torch.Tensor | float = 0.0
@@ -38,6 +39,7 @@ class History(Callback):
         self._before, self._clock = 0.0, time.perf_counter()  # seconds of this epoch in an earlier process; its start
         self._seen, self._since = 0, time.perf_counter()  # batches of this epoch in this process
         self._trained = self._since
+        self._validated = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the clock; on a resumed run, void what TensorBoard holds from here on."""
@@ -66,6 +68,11 @@ class History(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=step)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that this epoch's figures are its own; Lightning keeps those of the last validation."""
+        if not trainer.sanity_checking:
+            self._validated = trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's row."""
         figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -75,9 +82,10 @@ class History(Callback):
             "step": trainer.global_step,
             "lr": _peak_lr(trainer),
             "train_loss": float(trainer.strategy.reduce(torch.as_tensor(self._sum) / max(1, self._count), reduce_op="mean")),
-            "val_loss": figures.get("val/loss"),
-            "val_top1": figures.get("val/top1"),
-            "val_top5": figures.get("val/top5"),
+            **{
+                f"val_{key}": figures.get(f"val/{key}") if self._validated == trainer.current_epoch else None
+                for key in self.curves
+            },
             "seconds": round(self._before + time.perf_counter() - self._clock, 2),
             "images_per_second": round(batch * self._seen / max(1e-9, self._trained - self._since), 1),
         }
@@ -91,7 +99,7 @@ class History(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".tmp")
         with open(beside, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(beside, self.path)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitzoo.data.errors import UserError
 
-__all__ = ["build_loss", "build_mixup"]
+__all__ = ["build_loss", "build_mixup", "dice_loss"]
 
 
 def build_mixup(
@@ -53,3 +55,23 @@ def build_loss(kind: str, smoothing: float, *, mixed: bool) -> nn.Module:
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def dice_loss(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
+    """``1 - 2 sum(p t) / (sum(p) + sum(t))`` a class, over the batch, the mean over the classes that occur in it.
+
+    Args:
+        logits: ``[B, C, H, W]``.
+        labels: ``[B, H, W]``; pixels of ``ignore`` take no part.
+        ignore: see ``labels``.
+
+    Returns:
+        A scalar in 0..1.
+    """
+    known = (labels != ignore)[:, None]
+    truth = F.one_hot(torch.where(known[:, 0], labels, 0), logits.shape[1]).permute(0, 3, 1, 2) * known
+    probability = logits.softmax(1) * known
+    axes = (0, 2, 3)
+    overlap, both = (probability * truth).sum(axes), probability.sum(axes) + truth.sum(axes)
+    occurs = truth.sum(axes) > 0
+    return (1 - (2 * overlap + 1) / (both + 1))[occurs].mean()

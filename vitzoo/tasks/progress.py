@@ -44,7 +44,7 @@ class _Pace:
 
 
 class Bar(RichProgressBar):
-    """Rich bar with loss, last validation's top-1, images per second and time left of the run; fits 80 columns."""
+    """Rich bar with loss, last validation's figure, images per second and time left of the run; fits 80 columns."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=4)
@@ -75,10 +75,11 @@ class Bar(RichProgressBar):
         if now - self._at < 0.5 or pl_module.last_loss is None:
             return self._shown
         speed = trainer.datamodule.hparams.batch_size * self._batches / (now - self._at)
-        top1 = trainer.callback_metrics.get("val/top1")
+        key, label = next(iter(pl_module.FIGURES.items()))
+        best = trainer.callback_metrics.get(f"val/{key}")
         self._shown = {"loss": f"{float(pl_module.last_loss):.3f}"}
-        if top1 is not None:
-            self._shown["top-1"] = f"{float(top1):.3f}"
+        if best is not None:
+            self._shown[label] = f"{float(best):.3f}"
         self._shown |= {"img/s": f"{speed:.0f}", "left": clock(self._pace.left(trainer))}
         self._at, self._batches = now, 0
         return self._shown
@@ -100,8 +101,10 @@ class Lines(Callback):
         if not self._history.rows:
             return
         row = self._history.rows[-1]
-        top1 = f"  top-1 {row['val_top1']:.4f}" if row["val_top1"] is not None else ""
+        key, label = next(iter(pl_module.FIGURES.items()))
+        value = row[f"val_{key}"]
+        figure = f"  {label} {value:.4f}" if value is not None else ""
         say(
-            f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  loss {row['train_loss']:.3f}{top1}  "
+            f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  loss {row['train_loss']:.3f}{figure}  "
             f"{row['images_per_second']:.0f} img/s  {clock(self._pace.left(trainer))} left"
         )

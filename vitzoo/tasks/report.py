@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_dense"]
 
 INK, TRAIN, VAL = "#30343b", "#b0602a", "#1f6f8b"
 
@@ -81,4 +81,43 @@ def draw(rows: list[dict[str, Any]], confusion: np.ndarray, classes: list[str], 
             shade = "white" if share[true, predicted] > 0.5 else INK
             matrix.text(predicted, true, int(confusion[true, predicted]), ha="center", va="center", size=8, color=shade)
     figure.colorbar(drawn, ax=matrix, shrink=0.85, format=PercentFormatter(1.0, decimals=0))
+    figure.savefig(path)
+
+
+def draw_dense(rows: list[dict[str, Any]], key: str, label: str, sheet: Any, title: str, path: str | Path) -> None:
+    """Draw one PNG with loss and figure over the epochs, and a sheet of held-out pictures with what the model says.
+
+    Args:
+        rows: Of :class:`vitzoo.tasks.history.History`.
+        key: Of the figure in ``rows``, without ``val_``.
+        label: Its name.
+        sheet: A picture.
+        title: Over both.
+        path: Of the PNG; its folder exists.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(15, 7.5), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, color=INK, x=0.012, ha="left", weight="bold")
+    curve, pictures = figure.subplots(1, 2, width_ratios=(1, 2))
+    epochs = [row["epoch"] + 1 for row in rows]
+    curve.plot(epochs, [row["train_loss"] for row in rows], color=TRAIN, marker="o", ms=3, label="training loss")
+    curve.set_xlabel("epoch")
+    curve.set_ylabel("loss", color=TRAIN)
+    curve.set_ylim(bottom=0)
+    curve.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right = curve.twinx()
+    values = [np.nan if row[f"val_{key}"] is None else row[f"val_{key}"] for row in rows]
+    right.plot(epochs, values, color=VAL, marker="o", ms=3, lw=2, label=f"held-out {label}")
+    right.set_ylabel(label, color=VAL)
+    right.set_ylim(0, 1.02)
+    right.grid(axis="y", color="#e3e5e8", lw=0.7)
+    handles = [*curve.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    right.legend(handles, [line.get_label() for line in handles], loc="center right", frameon=False)
+    pictures.imshow(np.asarray(sheet))
+    pictures.set_title("held-out pictures: truth, prediction", fontsize=10, color=INK)
+    pictures.axis("off")
     figure.savefig(path)

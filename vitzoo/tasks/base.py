@@ -1,0 +1,142 @@
+"""What every task does alike: seeds by the step, timm's optimiser and schedule by update, averaging, checks of checkpoints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vitzoo.data.batches import mix, reseed
+from vitzoo.data.errors import UserError
+from vitzoo.tasks.optim import build_optimizer, build_schedule, scaled, updates_per_epoch
+
+__all__ = ["Task"]
+
+
+class Task(LightningModule):
+    """A LightningModule whose hyperparameters hold the optimiser's and the schedule's keys of :class:`Classification`.
+
+    Attributes:
+        FIGURES: what validation logs (``val/<key>``), with its name in print; the first one chooses the best checkpoint.
+        CURVES: figures that have a column in ``metrics.csv``, in this order.
+        IDENTITY: hyperparameters that a checkpoint must share with the run that loads it, with what they are in words.
+        last_loss: of the latest step, detached: the bar and the history read it.
+    """
+
+    FIGURES: ClassVar[dict[str, str]] = {}
+    CURVES: ClassVar[tuple[str, ...]] = ()
+    IDENTITY: ClassVar[dict[str, str]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_loss: Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        """What is trained, in a few words."""
+        raise NotImplementedError
+
+    def evaluated(self) -> int:
+        """Pictures of the last evaluation; every process takes part."""
+        raise NotImplementedError
+
+    def draw_result(self, rows: list[dict[str, Any]], classes: list[str], title: str, path: Path) -> None:
+        """Draw the picture of a run, after :meth:`evaluated`."""
+        raise NotImplementedError
+
+    def published_fits(self, data: Any) -> None:
+        """Raise UserError where published weights alone cannot do the task on this data."""
+
+    @staticmethod
+    def predictions(folder: str) -> Callback:
+        """What writes predictions into a folder; its ``summary()`` is one line."""
+        raise NotImplementedError
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout, drop path and mixup by the step, so that a resumed run draws what it would have drawn."""
+        data = getattr(self.trainer, "datamodule", None)
+        seed = data.hparams.seed if data is not None else 0
+        reseed(mix(seed, "step", self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx))
+
+    def update_batch(self) -> int:
+        """Pictures that an optimiser's update sees, over all devices."""
+        return self.trainer.datamodule.hparams.batch_size * self.trainer.accumulate_grad_batches
+
+    def learning_rates(self) -> dict[str, float]:
+        """``lr``, ``warmup_lr`` and ``min_lr`` after scaling."""
+        hp = self.hparams
+        return {key: scaled(hp[key], self.update_batch(), hp.lr_batch) for key in ("lr", "warmup_lr", "min_lr")}
+
+    def make_optimizer(self, lr: float) -> Optimizer:
+        """timm's optimiser over ``self.model``."""
+        hp = self.hparams
+        return build_optimizer(self.model, hp.optimizer, lr, hp.weight_decay, hp.layer_decay, dict(hp.optimizer_kwargs))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """timm's optimiser and its schedule by update."""
+        hp, rates, trainer = self.hparams, self.learning_rates(), self.trainer
+        optimizer = self.make_optimizer(rates["lr"])
+        # not trainer.estimated_stepping_batches: it makes the training loader before the loops are restored
+        per_epoch = updates_per_epoch(trainer.datamodule.epoch_batches(), trainer.accumulate_grad_batches)
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0:
+            raise UserError("The schedule ends with the run: give --trainer.max_epochs.")
+        if trainer.fast_dev_run:
+            epochs = math.ceil(hp.warmup_epochs + hp.cooldown_epochs) + 1
+        if hp.cooldown_epochs >= epochs:
+            raise UserError(
+                f"model.cooldown_epochs {hp.cooldown_epochs:g} are part of trainer.max_epochs {epochs} and leave nothing "
+                "before them: fewer, such as --model.cooldown_epochs 0."
+            )
+        schedule = build_schedule(
+            optimizer,
+            hp.schedule,
+            epochs=epochs,
+            per_epoch=per_epoch,
+            warmup_epochs=hp.warmup_epochs,
+            cooldown_epochs=hp.cooldown_epochs,
+            warmup_lr=rates["warmup_lr"],
+            min_lr=rates["min_lr"],
+            warmup_prefix=hp.warmup_prefix,
+            decay_epochs=hp.decay_epochs,
+            decay_rate=hp.decay_rate,
+            milestones=hp.get("milestones", ()),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """timm's schedules take the number of updates done."""
+        scheduler.step(self.global_step)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Weight averaging, where ``ema`` asks for it."""
+        fitting = self.trainer.state.fn == "fit"
+        return [EMAWeightAveraging(decay=self.hparams.ema)] if fitting and self.hparams.ema is not None else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the names of the classes beside the weights."""
+        checkpoint["classes"] = list(getattr(self.trainer.datamodule, "classes", []))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or of other classes, before its tensors do not fit."""
+        theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
+        for key, what in self.IDENTITY.items():
+            if theirs.get(key, ours[key]) != ours[key]:
+                way_out = "--data.root" if key == "num_classes" else f"--model.{key}"
+                raise UserError(
+                    f"The checkpoint holds {what} {theirs[key]} and this run has {ours[key]}. Give {way_out} as it was when "
+                    "it was trained."
+                )
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        stored, present = checkpoint.get("classes"), list(getattr(data, "classes", []))
+        if stored and present and stored != present:
+            other = next(i for i, pair in enumerate(zip(stored, present, strict=True)) if pair[0] != pair[1])
+            raise UserError(
+                f"The checkpoint's class {other} is {stored[other]!r}, the data's is {present[other]!r}: the classes' "
+                "names must be those it was trained on."
+            )

@@ -1,0 +1,301 @@
+"""Detection and instance segmentation: torchvision's detectors over any backbone, COCO's figures through torchmetrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from PIL import Image
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import SumMetric
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import batched_nms
+
+from vitzoo.data.errors import UserError
+from vitzoo.heads import detector
+from vitzoo.tasks.base import Task
+from vitzoo.tasks.draw import draw_boxes, sheet
+from vitzoo.tasks.optim import build_optimizer, dense_groups
+from vitzoo.tasks.predictions import FoundObjects
+from vitzoo.tasks.report import draw_dense
+
+__all__ = ["Detection", "mean_average_precision"]
+
+SHOWN = 12  # held-out pictures in the picture of a run
+
+
+def mean_average_precision(masks: bool, backend: Any = "pycocotools") -> MeanAveragePrecision:
+    """COCO's average precision for boxes, and for masks where asked; sizes, crowds and areas as COCO counts them."""
+    try:
+        return MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend=backend)
+    except ModuleNotFoundError as error:
+        raise UserError(f"COCO's figures need {backend}: pip install 'vitzoo[dense]' ({error}).") from error
+
+
+class Detection(Task):
+    """Train and evaluate a detector.
+
+    Args:
+        backbone: Model name, the zoo's or timm's.
+        num_classes: Of the data, the background not counted; the command line takes it from there.
+        kind: "maskrcnn", "fasterrcnn", "retinanet" or "fcos".
+        pretrained: Start from the backbone's published weights.
+        kwargs: Further arguments of the backbone.
+        drop_path: Stochastic depth of the backbone; None: its default.
+        channels: Of the feature pyramid.
+        strides: Of the backbone's maps; None: the detector's usual ones.
+        extra: Maps beyond the backbone's; None: the detector's usual number.
+        dyhead: Blocks of a dynamic head on the pyramid.
+        head_convs: Convolutions of FCOS' towers.
+        min_size: Shorter edges that images are resized to; one is drawn for each training image (multi-scale), the last
+            one is evaluated at.
+        max_size: Longest edge after that.
+        frozen: Do not train the backbone's stem and this many stages; None: train all.
+        checkpoint_stages: Stages that are recomputed in the backward pass: less memory, more time; [-1] stands for the last.
+        detector_kwargs: Further arguments of torchvision's class.
+        flip_test: Evaluate on the mirrored image too and merge.
+        backend: "pycocotools", or "faster_coco_eval" (the same figures, faster; installed separately).
+        optimizer: timm's name.
+        lr: Peak learning rate, for ``lr_batch`` pictures an update where that is given.
+        lr_batch: Scale ``lr``, ``warmup_lr`` and ``min_lr`` by (pictures an update / ``lr_batch``); None: do not.
+        weight_decay: Not on norms, biases and what the backbone's ``no_weight_decay`` names.
+        layer_decay: Factor of the rate from each layer of the backbone to the one below; None: one rate.
+        optimizer_kwargs: Such as ``betas``, ``eps``, ``momentum``.
+        schedule: timm's name.
+        warmup_epochs: Linear warm-up, counted in updates.
+        warmup_lr: Where it starts.
+        warmup_prefix: Start the decay's curve after the warm-up instead of cutting it.
+        min_lr: Where the decay ends.
+        cooldown_epochs: Epochs at ``min_lr`` at the end.
+        decay_epochs: Between the steps of schedule "step".
+        decay_rate: Of schedules "step" and "multistep".
+        milestones: Epochs at which schedule "multistep" decays.
+        ema: Decay of the averaged weights; None: none.
+
+    Raises:
+        UserError: An unknown detector or backbone (the nearest names are given), an argument that it does not take.
+    """
+
+    FIGURES = {"box_ap": "box AP", "box_ap50": "AP50", "box_ap75": "AP75", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
+    CURVES = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50")
+    IDENTITY = {"backbone": "the backbone", "kind": "the detector", "num_classes": "heads for this number of classes:"}
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        kind: str = "fasterrcnn",
+        pretrained: bool = False,
+        kwargs: dict[str, Any] = {},  # noqa: B006 (never written; a dict is what YAML gives)
+        drop_path: float | None = None,
+        channels: int = 256,
+        strides: list[int] | None = None,
+        extra: int | None = None,
+        dyhead: int = 0,
+        head_convs: int = 4,
+        min_size: list[int] = [800],  # noqa: B006
+        max_size: int = 1333,
+        frozen: int | None = None,
+        checkpoint_stages: list[int] = [],  # noqa: B006
+        detector_kwargs: dict[str, Any] = {},  # noqa: B006
+        flip_test: bool = False,
+        backend: str = "pycocotools",
+        optimizer: str = "adamw",
+        lr: float = 1e-4,
+        lr_batch: int | None = None,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        optimizer_kwargs: dict[str, Any] = {},  # noqa: B006
+        schedule: str = "cosine",
+        warmup_epochs: float = 0.1,
+        warmup_lr: float = 1e-6,
+        warmup_prefix: bool = False,
+        min_lr: float = 0.0,
+        cooldown_epochs: float = 0,
+        decay_epochs: float = 30,
+        decay_rate: float = 0.1,
+        milestones: list[float] = [],  # noqa: B006
+        ema: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        extra_kwargs = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
+        try:
+            self.model: Any = detector(
+                kind,
+                backbone,
+                num_classes,
+                pretrained=pretrained,
+                strides=strides,
+                extra=extra,
+                channels=channels,
+                dyhead=dyhead,
+                head_convs=head_convs,
+                min_size=tuple(min_size),
+                max_size=max_size,
+                checkpoint_stages=checkpoint_stages,
+                frozen=frozen,
+                backbone_kwargs=extra_kwargs,
+                **detector_kwargs,
+            )
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"model.kind {kind!r} on {backbone!r}: {error}") from error
+        self.masks = kind.lower().replace("_", "").replace("-", "") == "maskrcnn"
+        self.metric = mean_average_precision(self.masks, backend)
+        self.count = SumMetric()
+        self.shown: list[tuple[Image.Image, Image.Image]] = []
+
+    @property
+    def title(self) -> str:
+        """Detector and backbone."""
+        return f"{self.hparams.kind} on {self.hparams.backbone}"
+
+    def setup(self, stage: str) -> None:
+        """Say what was done to the backbone's maps."""
+        if stage == "fit" and self.global_rank == 0:
+            from vitzoo.tasks.progress import say
+
+            for note in self.model.backbone.maps.notes:
+                say(f"{self.hparams.backbone}: {note}")
+
+    def make_optimizer(self, lr: float) -> Optimizer:
+        """timm's optimiser over the heads and what is not frozen of the backbone."""
+        hp = self.hparams
+        try:
+            groups = dense_groups(self.model, self.model.backbone.maps, hp.weight_decay, hp.layer_decay)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return build_optimizer(groups, hp.optimizer, lr, hp.weight_decay, None, dict(hp.optimizer_kwargs))
+
+    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int) -> Tensor:
+        """Sum of the detector's losses on images ``[3, H, W]`` in 0..1 and their targets."""
+        images, targets = batch
+        known = ("boxes", "labels", "masks")
+        found = [{key: _for_loss(key, t[key]) for key in known if key in t} for t in targets]
+        losses: dict[str, Tensor] = self.model(images, found)
+        loss = torch.stack(list(losses.values())).sum()
+        self.last_loss = loss.detach()
+        return loss
+
+    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What is found in each image, in eval mode: ``boxes``, ``labels``, ``scores``, and bool ``masks`` ``[n, H, W]``."""
+        found = [_bool_masks(f) for f in self.model(images)]
+        if self.hparams.flip_test:
+            mirrored = self.model([image.flip(-1) for image in images])
+            found = [
+                _merge(one, _mirror(_bool_masks(other), image.shape[-1]))
+                for one, other, image in zip(found, mirrored, images, strict=True)
+            ]
+        return found
+
+    def _start(self) -> None:
+        self.metric.reset()
+        self.count.reset()
+        self.shown.clear()
+
+    def _evaluate(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> None:
+        images, targets = batch
+        found = self.detect(images)
+        known = ("boxes", "labels", "iscrowd", "area", *(("masks",) if self.masks else ()))
+        self.metric.update(
+            [{key: value.float() if key in ("boxes", "scores") else value for key, value in f.items()} for f in found],
+            [{key: t[key] for key in known if key in t} for t in targets],
+        )
+        self.count.update(len(images))
+        for image, target, said in zip(images, targets, found, strict=True):
+            if len(self.shown) >= SHOWN:
+                break
+            names = getattr(getattr(self.trainer, "datamodule", None), "classes", ()) if self._trainer is not None else ()
+            pixels = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
+            truth = draw_boxes(pixels, **_arrays(target, "boxes", "labels", "masks"), classes=names)
+            drawn = draw_boxes(pixels, **_arrays(said, "boxes", "labels", "scores", "masks"), classes=names)
+            self.shown.append((truth, drawn))
+
+    def _finish(self, stage: str) -> None:
+        found = self.metric.compute()
+        start = "bbox_" if self.masks else ""
+        figures = {
+            "box_ap": found[f"{start}map"],
+            "box_ap50": found[f"{start}map_50"],
+            "box_ap75": found[f"{start}map_75"],
+        }
+        if self.masks:
+            figures |= {"mask_ap": found["segm_map"], "mask_ap50": found["segm_map_50"]}
+        self.log_dict({f"{stage}/{key}": value.float() for key, value in figures.items()}, sync_dist=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from zero."""
+        self._start()
+
+    def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/box_ap and the others, over all processes."""
+        self._finish("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Count from zero."""
+        self._start()
+
+    def test_step(self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/box_ap and the others."""
+        self._finish("test")
+
+    def predict_step(
+        self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int
+    ) -> list[tuple[int, dict[str, Tensor]]]:
+        """(picture number, what is found there) for each image."""
+        images, targets = batch
+        found = self.detect(images)
+        return [(t["image_id"], {key: value.cpu() for key, value in f.items()}) for t, f in zip(targets, found, strict=True)]
+
+    def evaluated(self) -> int:
+        """Pictures of the last evaluation; every process takes part."""
+        return int(self.count.compute())
+
+    def draw_result(self, rows: list[dict[str, Any]], classes: list[str], title: str, path: Path) -> None:
+        """Learning curve, and held-out pictures with truth and prediction side by side."""
+        grid = sheet([picture for pair in self.shown for picture in pair], columns=6, edge=200)
+        draw_dense(rows, "box_ap", "box AP", grid, title, path)
+
+    def published_fits(self, data: Any) -> None:
+        """A backbone's published weights detect nothing yet."""
+        raise UserError("Published weights are of the backbone alone and detect nothing: train first, or give --ckpt_path.")
+
+    @staticmethod
+    def predictions(folder: str) -> Callback:
+        """``predictions.json`` in COCO's format of results, and a picture each in ``predictions/``."""
+        return FoundObjects(folder)
+
+
+def _for_loss(key: str, value: Tensor) -> Tensor:
+    return value.to(torch.uint8) if key == "masks" else value
+
+
+def _bool_masks(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**found, "masks": found["masks"][:, 0] >= 0.5} if "masks" in found else found
+
+
+def _mirror(found: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    x1, y1, x2, y2 = found["boxes"].unbind(-1)
+    turned = {**found, "boxes": torch.stack((width - x2, y1, width - x1, y2), -1)}
+    return {**turned, "masks": found["masks"].flip(-1)} if "masks" in found else turned
+
+
+def _merge(one: dict[str, Tensor], other: dict[str, Tensor], iou: float = 0.5, most: int = 100) -> dict[str, Tensor]:
+    both = {key: torch.cat((one[key], other[key])) for key in one}
+    kept = batched_nms(both["boxes"].float(), both["scores"].float(), both["labels"], iou)[:most]
+    return {key: value[kept] for key, value in both.items()}
+
+
+def _arrays(found: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: found[key].float().cpu().numpy() for key in keys if key in found}

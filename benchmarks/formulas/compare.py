@@ -1,4 +1,7 @@
-"""A model beside itself with one of its modules computed by a formula: same weights, forward times interleaved."""
+"""A model beside itself in plain PyTorch, one of its modules computed by a formula: same weights, times interleaved.
+
+Plain means ``nn.Linear`` where ours calls oneDNN, and blocks that write every residual and activation to memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vitzoo
+from vitzoo.layers import Block, Linear
 
 
 def compare(name: str, kind: type[nn.Module], formula: Callable[..., Tensor], batch: int = 4, rounds: int = 15) -> None:
@@ -27,8 +31,13 @@ def compare(name: str, kind: type[nn.Module], formula: Callable[..., Tensor], ba
     torch.set_num_threads(1)
     ours = vitzoo.create_model(name).eval()
     theirs = copy.deepcopy(ours)
-    for module in (m for m in theirs.modules() if isinstance(m, kind)):
-        module.forward = types.MethodType(formula, module)  # type: ignore[method-assign]
+    for module in theirs.modules():
+        if isinstance(module, kind):
+            module.forward = types.MethodType(formula, module)  # type: ignore[method-assign]
+        elif isinstance(module, Linear):
+            module.forward = types.MethodType(nn.Linear.forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, Block):
+            module._may_work_in_place = lambda x: False  # type: ignore[method-assign]
     x = torch.randn(batch, 3, *ours.pretrained_cfg["input_size"][1:])
     times: dict[nn.Module, list[float]] = {ours: [], theirs: []}
     with torch.inference_mode():

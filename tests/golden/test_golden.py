@@ -26,10 +26,10 @@ def test_golden(golden_file: Path):
     print("worst first:", *pairs, sep="\n")  # pytest -rP shows it
 
 
-def test_the_repository_carries_a_case_of_every_family_that_has_an_adapter_in_12_megabytes():
+def test_the_repository_carries_a_case_of_every_family_that_has_an_adapter_in_20_megabytes():
     files = sorted((Path(__file__).parent / "data").rglob("*.safetensors"))
     assert {Golden.read(file).family for file in files} == set(ADAPTERS)
-    assert sum(file.stat().st_size for file in files) <= 12e6
+    assert sum(file.stat().st_size for file in files) <= 20e6
 
 
 def golden_with(**tensors: torch.Tensor) -> Golden:

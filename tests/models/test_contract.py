@@ -260,7 +260,7 @@ def test_the_dense_layout_norms_every_map_and_trains_every_norm(pyramid):
 
 def test_drop_path_acts_in_training_only(name):
     model = build(name, drop_path_rate=0.9)
-    x = image()
+    x = image(batch=8)
     state = deepcopy(model.state_dict())
     torch.manual_seed(0)
     first = logits_of(model.train()(x))

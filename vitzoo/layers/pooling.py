@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
@@ -102,9 +104,7 @@ class ClassAttentionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features, self.num_heads, self.hidden = dim, num_heads, hidden
-        self.attention: ClassAttention | None = None
-        self.norm: nn.Module = nn.Identity()
-        self.pool_type = ""
+        self.pool_type: str | None = None
         self.layer_scale, self.norm_eps, self.read_classes = layer_scale, norm_eps, read_classes
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type)
@@ -126,15 +126,14 @@ class ClassAttentionHead(nn.Module):
             self.pool_type = pool_type
             self.make_pooling()
         if num_classes and not self.pool_type:
-            raise ValueError(
-                f"A classifier of {num_classes} classes needs pooled features. Set global_pool to 'token'."
-            )
+            raise ValueError(f"A classifier of {num_classes} classes needs pooled features. Set global_pool to 'token'.")
         self.make_classifier(num_classes)
         self.to(like.device, like.dtype)
 
     def make_pooling(self) -> None:
         """Build what stands before the classifier; nothing where there is no pooling."""
-        self.attention, self.norm = None, nn.Identity()
+        self.attention: ClassAttention | None = None
+        self.norm: nn.Module = nn.Identity()
         if self.pool_type:
             dim, scale, eps = self.num_features, self.layer_scale, self.norm_eps
             self.attention = ClassAttention(
@@ -144,7 +143,7 @@ class ClassAttentionHead(nn.Module):
 
     def make_classifier(self, num_classes: int) -> None:
         """Build the classifier; an Identity without classes."""
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc: Any = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def classes(self, x: Tensor) -> Tensor:
         """Class tokens ``[B, P, C]`` for the tokens ``[B, L, C]`` of a map."""

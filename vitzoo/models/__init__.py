@@ -1,7 +1,7 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import attnet, cswin, dat, deit, ffnet, maxvit, nat, pvt, spectformer, swin, van, vit
+from vitzoo.models import attnet, cswin, dat, deit, ffnet, maxvit, nat, patchconvnet, pvt, spectformer, swin, van, vit
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -29,6 +29,7 @@ __all__ = [
     "maxvit",
     "model_info",
     "nat",
+    "patchconvnet",
     "pvt",
     "spectformer",
     "swin",

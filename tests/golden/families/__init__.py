@@ -15,6 +15,7 @@ from tests.golden.families import (
     maxvit,
     nat,
     ops,
+    patchconvnet,
     spectformer,
     swin,
     tokens,
@@ -37,6 +38,7 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "ffnet": ffnet.check,
     "attention_modules": attention_modules.check,
     "attnet": attnet.check,
+    "patchconvnet": patchconvnet.check,
     "ops": ops.check,
     **dict.fromkeys(
         (f"tokens_{name}" for name in ("tome", "evit", "dynamicvit", "ats", "tps", "tap", "sparsifiner", "fastervlm")),

@@ -80,7 +80,7 @@ class State(NamedTuple):
             source = torch.where(self.source >= 0, torch.gather(source, 1, self.source.clamp(min=0)), -1)
         position = step.kept if self.position is None else torch.gather(self.position, 1, step.kept)
         if step.made:
-            position = torch.cat([position, position.new_full((len(position), step.made), -1)], dim=1)
+            position = torch.cat([position, position.new_full((position.shape[0], step.made), -1)], dim=1)
         return self._replace(x=x, source=source, left=left, position=position, **changes)
 
 

@@ -5,7 +5,8 @@ times the length of their value): equally spaced points on the cumulated scores 
 twice are kept once, so easy images keep fewer. Only the kept ones go on as queries, over all keys. No parameters.
 
 Deviations: padding is masked by -inf among the keys instead of a softmax with epsilon (1e-6 apart); all prefix tokens are
-protected; the order of kept patches is that of their scores and holds no meaning.
+protected; the order of kept patches is that of their scores and holds no meaning. As published, scores are counted from the
+least one of an image, padding included, so what a later block samples can depend on the batch that an image is packed with.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ATS(Method):
         if self.pack and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             longest = int(picked.sum(dim=1).max())
             index, picked = index[:, :longest], picked[:, :longest]
-        alive = torch.cat([picked.new_ones(len(picked), prefix), picked], dim=1)
+        alive = torch.cat([picked.new_ones(picked.shape[0], prefix), picked], dim=1)
         return keep_only(protect(index, prefix), length), alive
 
     def attend(self, step: Step, state: State, qkv: QKV) -> Tensor:

@@ -216,7 +216,7 @@ class Sparsifiner(Method):
         mask, scores = self.connections(step, state, qkv)
         if scores is not None and self.reconstructs(step):
             dense = ((qkv.q * qkv.scale).transpose(1, 2) @ qkv.k.permute(0, 2, 3, 1)).softmax(dim=-1).detach()
-            state = state._replace(extra=(*state.extra, (scores - dense[:, :, 1:]).square().sum() / len(dense)))
+            state = state._replace(extra=(*state.extra, (scores - dense[:, :, 1:]).square().sum() / dense.shape[0]))
             mask = None
         bias = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(qkv.q.dtype)
         out = attend(qkv.q, qkv.k, qkv.v, bias=bias, scale=qkv.scale)
@@ -242,7 +242,7 @@ class Sparsifiner(Method):
         scores = row.softmax(dim=-1).mean(dim=1)[:, self.prefix :]
         count = math.ceil(self.token_rates[step.layer] * scores.shape[1])
         kept = torch.zeros_like(scores).scatter(1, scores.topk(count, dim=1).indices, 1.0)
-        return state._replace(policy=torch.cat([kept.new_ones(len(kept), self.prefix), kept], dim=1))
+        return state._replace(policy=torch.cat([kept.new_ones(kept.shape[0], self.prefix), kept], dim=1))
 
     def after(self, step: Step, state: State) -> State:
         return state if state.policy is None else state._replace(x=state.x * state.policy[..., None])

@@ -50,7 +50,7 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int = 1) -> TokenMap | No
         order = best.argsort(dim=-1, descending=True)
         moved, stay = order[:, :r], order[:, r:]
     into = rows(scores, moved).argmax(dim=-1)  # of the r alone: finding where a maximum is costs ten times the maximum
-    batch, places = len(metric), torch.arange(length, device=metric.device)
+    batch, places = metric.shape[0], torch.arange(length, device=metric.device)
     kept = torch.cat([places[:prefix].expand(batch, -1), first + 2 * stay, places[second::2].expand(batch, -1)], dim=1)
     return TokenMap(kept, first + 2 * moved, prefix + stay.shape[1] + into, length)
 

@@ -67,7 +67,7 @@ def test_offsets_move_where_a_place_looks():
 
 @pytest.mark.parametrize("kind", ["fcos", "retinanet", "maskrcnn"])
 def test_it_is_a_neck_of_any_detector(kind):
-    model = detector(kind, "nat_micro", 3, channels=32, head_convs=1, dyhead=1, min_size=96, max_size=128)
+    model = detector(kind, "nat_micro", 3, channels=32, head_convs=1, dyhead=1, extra=1, min_size=96, max_size=128)
     target = {"boxes": torch.tensor([[5.0, 8.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
     target["masks"] = torch.ones(1, 90, 120, dtype=torch.uint8)
     losses = model([torch.rand(3, 90, 120)], [target])

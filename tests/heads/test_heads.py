@@ -32,6 +32,18 @@ def small(family: str) -> tuple[str, dict[str, object]]:
 MODELS = {family: small(family) for family in vitzoo.list_families()}
 
 
+# few proposals and few findings: heads see the maps, not the crowd
+FEW = {
+    kind: (
+        {"rpn_pre_nms_top_n_train": 64, "rpn_post_nms_top_n_train": 32, "rpn_post_nms_top_n_test": 16,
+         "box_batch_size_per_image": 16, "box_detections_per_img": 4}
+        if kind.endswith("rcnn")
+        else {"topk_candidates": 20, "detections_per_img": 4, "extra": 1}
+    )
+    for kind in DETECTORS
+}  # fmt: skip
+
+
 def targets(*sizes):
     found = []
     for height, width in sizes:
@@ -64,17 +76,7 @@ def test_maps_have_the_strides_that_were_asked_for(family):
 @pytest.mark.parametrize("family", MODELS)
 def test_every_family_trains_in_every_detector(family, kind):
     name, kwargs = MODELS[family]
-    model = detector(
-        kind,
-        name,
-        3,
-        channels=32,
-        head_convs=1,
-        min_size=250,
-        max_size=330,
-        backbone_kwargs=kwargs,
-        extra=1 if kind == "fcos" else None,
-    )
+    model = detector(kind, name, 3, channels=32, head_convs=1, min_size=250, max_size=330, backbone_kwargs=kwargs, **FEW[kind])
     losses = model([torch.rand(3, *size) for size in SIZES], targets(*SIZES))
     assert all(loss.isfinite() for loss in losses.values())
     torch.stack(list(losses.values())).sum().backward()
@@ -190,7 +192,7 @@ def test_what_is_wrong_is_said(build, words):
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_images_without_objects_have_a_loss(kind):
-    model = detector(kind, "nat_micro", 3, channels=32, head_convs=1, min_size=96, max_size=128)
+    model = detector(kind, "nat_micro", 3, channels=32, head_convs=1, min_size=96, max_size=128, **FEW[kind])
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     empty["masks"] = torch.zeros(0, 96, 96, dtype=torch.uint8)
     losses = model([torch.rand(3, 96, 96)] * 2, [empty, empty])
@@ -202,7 +204,7 @@ def test_images_without_objects_have_a_loss(kind):
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_detectors_run_in_bfloat16(kind):
-    model = detector(kind, "nat_micro", 3, channels=32, head_convs=1, min_size=96, max_size=128)
+    model = detector(kind, "nat_micro", 3, channels=32, head_convs=1, min_size=96, max_size=128, **FEW[kind])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model([torch.rand(3, 96, 96)], [{**targets((160, 160))[0], "masks": torch.ones(2, 96, 96, dtype=torch.uint8)}])
     assert all(loss.isfinite() for loss in losses.values())

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from vitzoo.bench import models, ops
+from vitzoo.bench import dense, models, ops
 from vitzoo.bench.timing import environment
 
 
@@ -46,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16" if gpu else "float32")
     sub.set_defaults(run=_ops)
 
+    sub = commands.add_parser("dense", help="maps of whole images: time and peak memory against the image size")
+    sub.add_argument("names", nargs="*", help="listed models; none: the default ones")
+    sub.add_argument("--sizes", nargs="+", default=["512x512", "800x1333", "1024x2048"], help="rows x columns of the images")
+    sub.add_argument("--train", action="store_true", help="forward and backward, plain and with every stage recomputed")
+    sub.set_defaults(run=_dense)
+
     for each in commands.choices.values():
         each.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
         each.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
@@ -64,6 +70,17 @@ def _report(command: str, facts: dict[str, str], text: str, rows: Sequence[Any],
     print(f"`{command}`\n{', '.join(f'{key} {value}' for key, value in facts.items())}\n\n{text}")
     if path:
         path.write_text(json.dumps({"command": command, "environment": facts, "results": rows}, indent=2))
+
+
+def _dense(args: argparse.Namespace, command: str) -> int:
+    sizes = [(int(height), int(width)) for height, width in (size.split("x") for size in args.sizes)]
+    cases = dense.cases(args.names or list(dense.MODELS), sizes, train=args.train)
+    results = []
+    for i, case in enumerate(cases):
+        _progress(i, cases, f"{case.model}{' of timm' if case.theirs else ''}, {case.size[0]}x{case.size[1]}")
+        results.append(dense.measure(case, args.rounds))
+    _report(command, environment(), dense.table(results), [asdict(r) for r in results], args.json)
+    return 0
 
 
 def _models(args: argparse.Namespace, command: str) -> int:

@@ -123,7 +123,7 @@ def build_schedule(
         min_lr=min_lr,
         decay_epochs=decay_epochs * per_epoch,
         decay_rate=decay_rate,
-        decay_milestones=[round(epoch * per_epoch) for epoch in milestones],
+        decay_milestones=[round(epoch * per_epoch) + 1 for epoch in milestones],  # timm decays one update before
         step_on_epochs=True,
     )
     schedule.step(0)  # without warm-up timm applies neither lr_scale nor the curve before the first step

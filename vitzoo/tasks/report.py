@@ -110,8 +110,9 @@ def draw_dense(rows: list[dict[str, Any]], key: str, label: str, sheet: Any, tit
     curve.set_ylim(bottom=0)
     curve.xaxis.set_major_locator(MaxNLocator(integer=True))
     right = curve.twinx()
-    values = [np.nan if row[f"val_{key}"] is None else row[f"val_{key}"] for row in rows]
-    right.plot(epochs, values, color=VAL, marker="o", ms=3, lw=2, label=f"held-out {label}")
+    validated = [row for row in rows if row[f"val_{key}"] is not None]
+    where, values = [row["epoch"] + 1 for row in validated], [row[f"val_{key}"] for row in validated]
+    right.plot(where, values, color=VAL, marker="o", ms=3, lw=2, label=f"held-out {label}")
     right.set_ylabel(label, color=VAL)
     right.set_ylim(0, 1.02)
     right.grid(axis="y", color="#e3e5e8", lw=0.7)

@@ -175,6 +175,8 @@ ROUNDING = {
     # the same in all keys of a softmax: it moves all scores of a query alike
     "patchconvnet_*": r"head\.attention\.k\.bias",
     "spectformer_h_*": r"head\.attention\.k\.bias",
+    # a constant for all keys of a head
+    "crossformer_*": r".*\.attn\.pos\.pos3\.2\.bias",
 }
 
 

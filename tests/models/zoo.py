@@ -13,6 +13,8 @@ import vitzoo
 SMALL = {
     "agent": ("agent_micro", "agent_deit_tiny"),
     "attnet": ("attnet_micro",),
+    "biformer": ("biformer_micro", "biformer_stl_micro"),
+    "crossformer": ("crossformer_micro",),
     "cswin": ("cswin_micro", "cswin_tiny"),
     "dat": ("dat_micro", "dat_tiny", "dat_pp_tiny"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
@@ -30,6 +32,8 @@ SMALL = {
 MICRO = (
     "agent_micro",
     "attnet_micro",
+    "biformer_micro",
+    "crossformer_micro",
     "cswin_micro",
     "dat_micro",
     "ffnet_micro",

@@ -60,16 +60,16 @@ class ConvNorm(nn.Module):
 
 
 class ConvNormStem(nn.Module):
-    """Two 3x3 convolutions of stride 2 with batch norm, a GELU between (FFNet, AttNet).
+    """Two 3x3 convolutions of stride 2 with batch norm, a GELU between (FFNet, AttNet; with bias BiFormer).
 
     Shape: ``[B, in_chans, H, W]`` to ``[B, ceil(H / 4), ceil(W / 4), out_dim]``, with ``dim`` channels between.
     """
 
-    def __init__(self, in_chans: int, dim: int, out_dim: int) -> None:
+    def __init__(self, in_chans: int, dim: int, out_dim: int, bias: bool = False) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(in_chans, dim, stride=2)
+        self.conv1 = ConvNorm(in_chans, dim, stride=2, bias=bias)
         self.act = nn.GELU()
-        self.conv2 = ConvNorm(dim, out_dim, stride=2)
+        self.conv2 = ConvNorm(dim, out_dim, stride=2, bias=bias)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.conv2(self.act(self.conv1(image.permute(0, 2, 3, 1))))

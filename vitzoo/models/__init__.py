@@ -1,7 +1,23 @@
 """The families. Importing this package registers every model with timm."""
 
 from vitzoo.layers import list_mixers
-from vitzoo.models import attnet, cswin, dat, deit, ffnet, maxvit, nat, patchconvnet, pvt, spectformer, swin, van, vit
+from vitzoo.models import (
+    attnet,
+    biformer,
+    crossformer,
+    cswin,
+    dat,
+    deit,
+    ffnet,
+    maxvit,
+    nat,
+    patchconvnet,
+    pvt,
+    spectformer,
+    swin,
+    van,
+    vit,
+)
 from vitzoo.models._registry import (
     ModelInfo,
     create_model,
@@ -17,7 +33,9 @@ __all__ = [
     "ModelInfo",
     "agent",
     "attnet",
+    "biformer",
     "create_model",
+    "crossformer",
     "cswin",
     "dat",
     "deit",

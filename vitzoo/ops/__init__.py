@@ -1,7 +1,8 @@
 """Attention ops: each means one thing and can be run in several ways.
 
-`attend2d` attends along a `vitzoo.patterns.Pattern` on a map, `attend` among token sequences, `merge_lse` joins disjoint key
-sets, `sample2d` reads a map between its tokens. `linear_attend` attends without a softmax, `channel_attend` among channels.
+`attend2d` attends along a `vitzoo.patterns.Pattern` on a map, `attend` among token sequences, `attend_routed` from regions of a
+map to chosen ones; `merge_lse` joins disjoint key sets, `sample2d` reads a map between its tokens. `linear_attend` attends
+without a softmax, `channel_attend` among channels.
 `explain` says which implementation would run and why not the others; `using` fixes one for a block of code.
 """
 
@@ -10,9 +11,20 @@ from vitzoo.ops.attend import registration as _attend_registration  # noqa: F401
 from vitzoo.ops.attend.api import attend
 from vitzoo.ops.attend2d import registration as _attend2d_registration  # noqa: F401  defines torch.ops.vitzoo.attend2d
 from vitzoo.ops.attend2d.api import attend2d
+from vitzoo.ops.attend_routed.api import attend_routed
 from vitzoo.ops.channel_attend.api import channel_attend
 from vitzoo.ops.linear_attend.api import linear_attend
 from vitzoo.ops.merge import merge_lse
 from vitzoo.ops.sample2d.api import sample2d
 
-__all__ = ["attend", "attend2d", "channel_attend", "explain", "linear_attend", "merge_lse", "sample2d", "using"]
+__all__ = [
+    "attend",
+    "attend2d",
+    "attend_routed",
+    "channel_attend",
+    "explain",
+    "linear_attend",
+    "merge_lse",
+    "sample2d",
+    "using",
+]

@@ -8,6 +8,8 @@ from tests.golden.families import (
     agent,
     attention_modules,
     attnet,
+    biformer,
+    crossformer,
     cswin,
     dat,
     ffnet,
@@ -26,6 +28,8 @@ from tests.golden.harness import Golden, Pair
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "dat": dat.check,
     "agent": agent.check,
+    "biformer": biformer.check,
+    "crossformer": crossformer.check,
     "cswin": cswin.check,
     "swin": swin.check,
     "swinv2": swin.check,

@@ -122,9 +122,10 @@ def _resized(key: str, value: Tensor, own: Tensor | None, model: nn.Module) -> T
         _log.info("%s: relative position table resized from %s to %s", key, tuple(value.shape[1:]), tuple(own.shape[1:]))
         return resize_table(value, (own.shape[1], own.shape[2]))
     holder = model.get_submodule(key.rpartition(".")[0]) if "." in key else model
-    if hasattr(holder, "resize_state"):
+    resize: Any = getattr(holder, "resize_state", None)
+    if resize is not None:
         _log.info("%s: resized from %s to %s", key, tuple(value.shape), tuple(own.shape))
-        return holder.resize_state(value)
+        return resize(value)
     if key.endswith("pos_embed") and value.ndim == 3:
         prefix = getattr(model, "embedded_prefix", 0)
         side = round((value.shape[1] - prefix) ** 0.5)

@@ -6,11 +6,14 @@ from vitzoo.layers.blocks import Block
 from vitzoo.layers.conv import BatchNorm, ConvNorm, ConvNormStem, DepthwiseConv, init_by_fan_out, init_truncated
 from vitzoo.layers.deformable import DeformableAttention
 from vitzoo.layers.embed import ConvDownsample, ConvStem, OverlapPatchEmbed, PatchEmbed, PatchMerging, SpatialReduction
+from vitzoo.layers.grouped import GroupAttention
 from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
 from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
 from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead
+from vitzoo.layers.relative import with_our_attention
+from vitzoo.layers.routed import RoutedAttention
 
 __all__ = [
     "AgentAttention",
@@ -27,6 +30,7 @@ __all__ = [
     "DepthwiseConv",
     "DepthwiseMlp",
     "FocusedLinearAttention",
+    "GroupAttention",
     "Linear",
     "MixedAttention",
     "Mlp",
@@ -35,6 +39,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatternAttention",
+    "RoutedAttention",
     "Slot",
     "SpatialReduction",
     "TokenAttention",
@@ -48,4 +53,5 @@ __all__ = [
     "register_mixer",
     "resize_positions",
     "resize_table",
+    "with_our_attention",
 ]

@@ -24,6 +24,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from vitzoo import checkpoints
+from vitzoo.layers import with_our_attention
 from vitzoo.models._contract import Backbone, configure, pair
 from vitzoo.models._cost import count_gmacs
 
@@ -204,7 +205,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             any field of the family's config: ``num_classes``, ``in_chans``, ``drop_path_rate``, ``depths``, ...
 
     Returns:
-        The model; with ``features_only=True`` a module that returns NCHW maps at the strides of ``feature_info``.
+        The model; with ``features_only=True`` a module that returns NCHW maps at the strides of ``feature_info``. timm's
+        HaloNets and BoTNets come with ``layers.with_our_attention``: the same outputs, at any image size.
 
     Raises:
         ValueError: an unknown name (with the nearest known ones), a tag that the model does not have, weights that do
@@ -215,7 +217,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     if entry is None:
         if ":" not in model_name and not timm.is_model(model_name.split(".", 1)[0]):  # "hf-hub:..." is timm's to resolve
             raise ValueError(unknown_name(model_name))
-        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+        return with_our_attention(timm.create_model(model_name, pretrained=pretrained, **kwargs))
     tag = model_name.split(".", 1)[1] if "." in model_name else ""
     tags = [name.split(".", 1)[1] for name in pretrained_tags(entry) if "." in name]
     if tag and tag not in tags:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.golden.families import byoanet
 from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge
 from vitzoo.layers import ChannelAttention, OnTokens, PatternAttention, Slot
 from vitzoo.models.swin import CosineAttention, Swin
@@ -241,4 +242,5 @@ CHECKS: dict[str, Callable[[Golden], list[Pair]]] = {
     "maxvit_block_attention": maxvit,
     "maxvit_grid_attention": maxvit,
     "neighborhood_attention_2d": neighborhood_attention,
+    **dict.fromkeys(byoanet.LAYERS, byoanet.layer),
 }

@@ -455,7 +455,7 @@ def sparse_model(golden: Golden) -> Iterator[Pair]:
     yield from compare(golden, "", {**ours, "grad/input": x.grad})
 
 
-class sparse_parts:  # noqa: N801
+class sparse_parts:
     """What the blocks of a model computed on their way to sparse attention, under the published names."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ it anywhere.
 Deviations from the published code:
 - any image size. The learned positions are resized to the map at hand, where the published code fails, or in Swin cuts
   the map into windows of the construction size;
-- the PVT hosts have no norm after the last stage. It lies in the published files and nothing uses it: 1,024 parameters;
+- the PVT hosts keep the last norm that lies in the published files, and as published nothing passes through it;
 - where v comes from a reduced map (``kv_ratio``, 1 in every published model), a map that it does not divide is padded;
 - ``flatten_deit_*`` is what the paper describes; its code and weights were not published, so no number of it is claimed.
   The class token is a query and a key like all others, positions and convolution are for patches.
@@ -33,10 +33,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flatten_deit_tiny": ("deit_tiny_patch16_224", _all(0.0)),
     "flatten_deit_small": ("deit_small_patch16_224", _all(0.1)),
     "flatten_deit_base": ("deit_base_patch16_224", _all(0.3)),
-    "flatten_pvt_tiny": ("pvt_tiny", _all(0.1)),
-    "flatten_pvt_small": ("pvt_small", _all(0.1)),
-    "flatten_pvt_medium": ("pvt_medium", _all(0.3)),
-    "flatten_pvt_large": ("pvt_large", _all(0.3)),
+    "flatten_pvt_tiny": ("pvt_tiny", {**_all(0.1), "idle_norm": True}),
+    "flatten_pvt_small": ("pvt_small", {**_all(0.1), "idle_norm": True}),
+    "flatten_pvt_medium": ("pvt_medium", {**_all(0.3), "idle_norm": True}),
+    "flatten_pvt_large": ("pvt_large", {**_all(0.3), "idle_norm": True}),
     "flatten_pvt_v2_b0": ("pvt_v2_b0", _all(0.1)),
     "flatten_pvt_v2_b1": ("pvt_v2_b1", _all(0.1)),
     "flatten_pvt_v2_b2": ("pvt_v2_b2", _all(0.1)),

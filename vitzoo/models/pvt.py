@@ -53,6 +53,7 @@ class PVTConfig(PyramidConfig):
         mlp_ratio: for each stage, hidden channels of the MLPs over their width.
         sr_ratios: for each stage, by what factor per axis the map of keys and values is reduced.
         version: 1 or 2.
+        idle_norm: V1: hold the last norm of the published files that nothing passes through (FLatten's).
         drop_odd: V1: an odd map loses its last row and column before the next patches, instead of being padded.
     """
 
@@ -62,6 +63,7 @@ class PVTConfig(PyramidConfig):
     mlp_ratio: tuple[float, ...] = (8, 8, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
     version: int = 1
+    idle_norm: bool = False
     drop_odd: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +117,16 @@ class PositionedDownsample(PositionedPatches):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2))
+
+
+class IdleNorm(nn.LayerNorm):
+    """The parameters of a norm that published files hold and published code never applies: the map passes unchanged.
+
+    Their gradient is zero instead of none, which DDP and optimisers ask for.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.0 * (self.weight.sum() + self.bias.sum()) if torch.is_grad_enabled() else x
 
 
 class ReducedAttention(nn.Module):
@@ -189,7 +201,7 @@ class PVT(Pyramid):
         return nn.LayerNorm(self.cfg.dims[i], eps=self.NORM_EPS) if self.cfg.version == 2 else None
 
     def make_norm(self) -> nn.Module:
-        return nn.Identity()
+        return IdleNorm(self.num_features, eps=self.NORM_EPS) if self.cfg.idle_norm else nn.Identity()
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -209,8 +221,8 @@ class PVT(Pyramid):
         """From whai362/PVT (V2), the PVT hosts of FLatten and Agent attention, and timm's PVT v2."""
         ours = {}
         for key, value in state.items():
-            if key.startswith("norm."):
-                continue  # in FLatten's checkpoints, where nothing uses it
+            if key.startswith("norm.") and not cfg.idle_norm:
+                continue  # nothing uses it
             key = re.sub(r"^(patch_embed|pos_embed|block|norm)(\d)", lambda m: f"stages.{int(m[2]) - 1}.{_PLACES[m[1]]}", key)
             key = re.sub(r"^stages\.0\.downsample|^patch_embed", "stem", key)
             key = re.sub(r"^head\.(?!fc\.)", "head.fc.", key)

@@ -57,7 +57,8 @@ def swin(published: dict[str, Any]) -> Swin:
 
 def pvt(published: dict[str, Any], version: int) -> PVT:
     assert (published["patch_size"], published["norm_eps"]) == (4, PVT.NORM_EPS)
-    kwargs = renamed(published, PVT_) | mixer(published) | {"version": version, "drop_odd": version == 1}
+    kwargs = renamed(published, PVT_) | mixer(published)
+    kwargs |= {"version": version, "drop_odd": version == 1, "idle_norm": version == 1}
     kwargs["mixer_args"]["kv_ratio"] = tuple(map(int, published["la_sr_ratios"]))
     return PVT(**kwargs)
 

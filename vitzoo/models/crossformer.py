@@ -19,14 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitzoo.layers import Block, DepthwiseConv, Mlp, PatternAttention, pad_map
+from vitzoo.layers import Block, DepthwiseConv, GroupAttention, Mlp, pad_map
 from vitzoo.models._registry import register_family
 from vitzoo.models._trunk import Pyramid, PyramidConfig
-from vitzoo.ops import attend2d
-from vitzoo.patterns import Pattern, dilated_window, everywhere, window
 
-for _name in ("attend_in_groups", "offsets", "pad_map"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("pad_map")
 
 
 @dataclass(frozen=True)
@@ -103,100 +100,6 @@ class Merging(CrossScale):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.norm(x))
-
-
-class PositionMlp(nn.Module):
-    """The bias of every offset, section 3.2.2: ``[..., 2]`` to ``[..., heads]``. Offsets are in tokens, as they are."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        width = dim // 16
-        self.pos_proj = nn.Linear(2, width)
-        self.pos1, self.pos2, self.pos3 = (
-            nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out)) for out in (width, width, heads)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pos3(self.pos2(self.pos1(self.pos_proj(x))))
-
-
-def one_group(height: int, width: int, group: int) -> int:
-    """1 where a map has a side no longer than a group and so is one group itself, else 0; sizes may be symbols."""
-    return 1 // (1 + (height - 1) // group * ((width - 1) // group))
-
-
-def reaches(x: Tensor, group: int) -> tuple[int, int]:
-    """How far apart two tokens of a group of the map ``x`` ``[B, H, W, ...]`` can be.
-
-    In a captured graph, which has to hold for both kinds of groups, the sum of what either needs (see ``attend_in_groups``).
-    """
-    height, width = x.shape[1], x.shape[2]
-    if torch.compiler.is_compiling():
-        rows, cols = small_size(height, width, group)
-        return rows + group - 2, cols + group - 2
-    return (height - 1, width - 1) if one_group(height, width, group) else (group - 1, group - 1)
-
-
-def small_size(height: int, width: int, group: int) -> tuple[int, int]:
-    """The size itself where a map is one group, else 2 x 2: the divisions, unlike a product, keep it 2 at least."""
-    divisor = 1 + (height - 1) // group * ((width - 1) // group) * 2**16
-    return (height - 2) // divisor + 2, (width - 2) // divisor + 2
-
-
-def offsets(x: Tensor, group: int, like: Tensor) -> Tensor:
-    """Offsets of queries from keys, ``[2 * reach_y + 1, 2 * reach_x + 1, 2]``, in the dtype of ``like``.
-
-    Descending, since tables of ``attend2d`` are read at key minus query and the published ones at query minus key.
-    """
-    axes = [reach - torch.arange(2 * reach + 1, device=x.device) for reach in reaches(x, group)]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(like.dtype)
-
-
-def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, group: int, table: Tensor) -> Tensor:
-    """Attention along ``pattern``, or among all tokens where the map is one group: ``[B, H, W, N, D]``, like q, k and v.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        pattern: a window or a dilated window.
-        group: its size.
-        table: the bias ``[N, 2 * reach_y + 1, 2 * reach_x + 1]``, with the reach of ``reaches``.
-
-    A captured graph does both, the second on the map or, where it is not asked for, on four tokens of it.
-    """
-    height, width = q.shape[1], q.shape[2]
-    if not torch.compiler.is_compiling():
-        return attend2d(q, k, v, everywhere if one_group(height, width, group) else pattern, bias=table)
-    rows, cols = small_size(height, width, group)
-    index = torch.arange(2 * group - 1, device=q.device)
-    near = attend2d(q, k, v, pattern, bias=table[:, (index + (rows - 1))[:, None], (index + (cols - 1))[None]])
-    y, u = (torch.arange(2 * n - 1, device=q.device) + (group - 1) for n in (rows, cols))
-    some_y, some_u = torch.arange(rows, device=q.device), torch.arange(cols, device=q.device)
-    small = (t[:, some_y[:, None], some_u[None]] for t in (q, k, v))
-    far = attend2d(*small, everywhere, bias=table[:, y[:, None], u[None]])
-    all_y, all_u = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
-    far = far[:, all_y.clamp(max=rows - 1)[:, None], all_u.clamp(max=cols - 1)[None]]
-    only = one_group(height, width, group)
-    return near * (1 - only) + far * only
-
-
-class GroupAttention(PatternAttention):
-    """Attention in groups of ``group`` x ``group`` tokens that lie ``interval`` apart, with a computed position bias."""
-
-    def __init__(self, dim: int, num_heads: int, group: int, interval: int = 1, **kwargs: Any) -> None:
-        super().__init__(dim, num_heads, window(group) if interval == 1 else dilated_window(group, interval), **kwargs)
-        self.group = group
-        self.pos = PositionMlp(dim, num_heads)
-
-    def make_bias(self, table_size: tuple[int, int]) -> None:
-        """Nothing: the bias is computed for the reach at hand."""
-
-    def bias(self, x: Tensor) -> Tensor:
-        return self.pos(offsets(x, self.group, self.pos.pos_proj.weight)).permute(2, 0, 1)
-
-    def attend(self, x: Tensor) -> Tensor:
-        return attend_in_groups(*self.project(x), self.pattern, self.group, self.bias(x))
 
 
 class CoolingBlock(Block):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden.harness import GIVEN, MODELS, OPS, Golden, Pair, compare_model, judge, renamed
-from vitzoo.layers import Slot
-from vitzoo.models.biformer import BiFormer, RoutedAttention, region_axis, route
+from vitzoo.layers import RoutedAttention, Slot
+from vitzoo.layers.routed import region_axis, route
+from vitzoo.models.biformer import BiFormer
 from vitzoo.ops.attend_routed.api import OP, attend_routed
 
 ARGUMENTS = {

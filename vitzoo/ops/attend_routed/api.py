@@ -20,7 +20,7 @@ class AttendRoutedCall(NamedTuple):
     v: Tensor
     regions: tuple[int, int]
     key_regions: tuple[int, int]
-    index: Tensor  # [B, R, N or 1, K]
+    graph: Tensor  # the index as [B, R, N or 1, K]
     scale: float
 
 

@@ -17,7 +17,7 @@ def run(call) -> tuple[Tensor]:
     q = by_region(call.q.to(wide), call.regions)
     k, v = (by_region(x.to(wide), call.key_regions) for x in (call.k, call.v))
     batch, head = torch.arange(len(q), device=q.device)[:, None, None, None], torch.arange(q.shape[2], device=q.device)[:, None]
-    seen_k, seen_v = (x[batch, call.index, head].flatten(3, 4) for x in (k, v))  # [B, R, N, K * tokens, D]
+    seen_k, seen_v = (x[batch, call.graph, head].flatten(3, 4) for x in (k, v))  # [B, R, N, K * tokens, D]
     out = torch.softmax(call.scale * q @ seen_k.transpose(-2, -1), -1) @ seen_v
     return (to_map(out, call.regions, call.q).to(call.q.dtype),)
 

@@ -34,8 +34,8 @@ def run(call) -> tuple[Tensor]:
         nothing = 0 * (call.q.sum() + call.k.sum() + call.v.sum())
         return (call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1]) + nothing,)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-        return (_AttendRouted.apply(call.q, call.k, call.v, call.index, call.regions, call.key_regions, call.scale),)
-    return (_forward(call.q, call.k, call.v, call.index, call.regions, call.key_regions, call.scale),)
+        return (_AttendRouted.apply(call.q, call.k, call.v, call.graph, call.regions, call.key_regions, call.scale),)
+    return (_forward(call.q, call.k, call.v, call.graph, call.regions, call.key_regions, call.scale),)
 
 
 # -- concrete sizes ---------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _map_of(total: Tensor, view: Tensor, like: Tensor) -> Tensor:
 
 def traced(call: Any) -> Tensor:
     """The same as one graph for all sizes: an online softmax over the choices, whose number is fixed."""
-    q, k, v, index = call.q, call.k, call.v, call.index
+    q, k, v, index = call.q, call.k, call.v, call.graph
     wide = torch.promote_types(q.dtype, torch.float32)
     query, key, value = (tokens(x, r) for x, r in ((q, call.regions), (k, call.key_regions), (v, call.key_regions)))
     idle = torch.arange(key.shape[3], device=q.device) == key.shape[3] - 1

@@ -6,6 +6,7 @@ registry, so that ``timm.create_model("nat_tiny")`` and everything built on timm
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,13 @@ def create_model(
 
     name, options = tokens.options_of(token_reduction, kwargs)
     return tokens.reduce(models.create_model(model_name, pretrained=pretrained, **kwargs), name, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """``vitzoo.tokens`` and ``vitzoo.heads`` without an import of their own; they are loaded when first asked for."""
+    if name in ("heads", "tokens"):
+        return importlib.import_module(f"vitzoo.{name}")
+    raise AttributeError(f"vitzoo has no attribute '{name}'.")
 
 
 __all__ = ["ModelInfo", "__version__", "create_model", "list_families", "list_mixers", "list_models", "model_info"]

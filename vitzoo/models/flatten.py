@@ -30,6 +30,7 @@ def _all(drop_path_rate: float) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flatten_micro": ("swin_micro", {"mixer": ("focused_linear", ("focused_linear", 1), None)}),
     "flatten_deit_tiny": ("deit_tiny_patch16_224", _all(0.0)),
     "flatten_deit_small": ("deit_small_patch16_224", _all(0.1)),
     "flatten_deit_base": ("deit_base_patch16_224", _all(0.3)),

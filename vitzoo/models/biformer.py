@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from vitzoo.layers import BatchNorm, Block, ConvNorm, ConvNormStem, DepthwiseConv, Linear, Mlp, RoutedAttention, Slot, pad_map
 from vitzoo.layers.attention import check_heads
+from vitzoo.layers.maps import pad_image
 from vitzoo.models._registry import register_family
 from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import everywhere
 
-for _name in ("attend2d", "pad_map"):
+for _name in ("attend2d", "pad_image", "pad_map"):
     torch.fx.wrap(_name)
 
 LAYOUTS = ("biformer", "stl", "stl_nchw")
@@ -108,9 +109,11 @@ class Patches(nn.Module):
         self.norm = BatchNorm(out_dim if stem else dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1) if self.stem else self.norm(x)
-        x = self.proj(pad_map(x, self.multiple).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.norm(x) if self.stem else x
+        if self.stem:  # x is an image
+            return self.norm(self.proj(pad_image(x, self.multiple)).permute(0, 2, 3, 1))
+        # contiguous costs nothing and fixes strides, which a compiled backward pass guesses wrongly for a batch norm
+        x = self.norm(x.contiguous()).contiguous()
+        return self.proj(pad_map(x, self.multiple).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class BiFormer(Pyramid):

@@ -5,7 +5,15 @@ from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAtten
 from vitzoo.layers.blocks import Block
 from vitzoo.layers.conv import BatchNorm, ConvNorm, ConvNormStem, DepthwiseConv, init_by_fan_out, init_truncated
 from vitzoo.layers.deformable import DeformableAttention
-from vitzoo.layers.embed import ConvDownsample, ConvStem, OverlapPatchEmbed, PatchEmbed, PatchMerging, SpatialReduction
+from vitzoo.layers.embed import (
+    ConvDownsample,
+    ConvStem,
+    NormedPatches,
+    OverlapPatchEmbed,
+    PatchEmbed,
+    PatchMerging,
+    SpatialReduction,
+)
 from vitzoo.layers.grouped import GroupAttention
 from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
@@ -34,6 +42,7 @@ __all__ = [
     "Linear",
     "MixedAttention",
     "Mlp",
+    "NormedPatches",
     "OnTokens",
     "OverlapPatchEmbed",
     "PatchEmbed",

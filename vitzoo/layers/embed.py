@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitzoo.layers.conv import BatchNorm
 from vitzoo.layers.linear import Linear
 from vitzoo.layers.maps import pad_image, pad_map
 
@@ -34,6 +35,26 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(self.proj(pad_image(image, self.multiple)).permute(0, 2, 3, 1))
+
+
+class NormedPatches(nn.Module):
+    """Patches of a map through one linear layer, and a batch norm: of the map or, in a stem, behind.
+
+    Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / patch), ceil(W / patch), out_dim]``; rounded down without ``pad``.
+    """
+
+    def __init__(self, dim: int, out_dim: int, patch: int, *, pad: bool, stem: bool = False) -> None:
+        super().__init__()
+        self.stem = stem
+        self.multiple = (patch, patch) if pad else (1, 1)
+        self.proj = nn.Conv2d(dim, out_dim, patch, stride=patch)
+        self.norm = BatchNorm(out_dim if stem else dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # contiguous costs nothing and fixes strides, which a compiled backward pass guesses wrongly for a batch norm
+        x = x.permute(0, 2, 3, 1) if self.stem else self.norm(x.contiguous()).contiguous()
+        x = self.proj(pad_map(x, self.multiple).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(x) if self.stem else x
 
 
 class OverlapPatchEmbed(nn.Module):

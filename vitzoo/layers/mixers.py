@@ -123,6 +123,35 @@ def build_mixer(name: str, slot: Slot, options: Mapping[str, Any]) -> nn.Module:
     return entry.build(slot, **options)
 
 
+MixerChoice = str | tuple[str, int] | None
+"""A mixer's name, a name for the first n blocks (the others keep the host's own), or None for the host's own."""
+
+
+def choose_mixer(choice: MixerChoice, block: int) -> str | None:
+    """The name that ``choice`` gives a block; None for the host's own mixer."""
+    if isinstance(choice, tuple):
+        name, count = choice
+        return name if block < count else None
+    return choice
+
+
+def check_mixers(choices: tuple[Any, ...], stages: int) -> None:
+    """Raise ValueError unless there is one valid choice for every stage."""
+    if len(choices) != stages:
+        raise ValueError(f"mixer {choices} names {len(choices)} stages, the model has {stages}. Give one choice for each.")
+    for choice in choices:
+        pair_of = isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[0], str) and isinstance(choice[1], int)
+        if not (choice is None or isinstance(choice, str) or pair_of):
+            raise ValueError(f"A mixer is a name, (name, number of blocks) or None, got {choice!r}.")
+
+
+def mixer_options(args: Mapping[str, Any] | tuple[tuple[str, Any], ...], place: int, places: int) -> dict[str, Any]:
+    """A mixer's keywords at one stage (or block): a tuple with an entry for each place gives that place's entry."""
+    return {
+        name: value[place] if isinstance(value, tuple) and len(value) == places else value for name, value in dict(args).items()
+    }
+
+
 class OnTokens(nn.Module):
     """A mixer in a plain host: tokens ``[B, P + H * W, C]`` and their grid instead of a map."""
 

@@ -18,8 +18,8 @@ from timm.layers import LayerNorm2d, NormMlpClassifierHead
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, ConvNorm, ConvNormStem, DepthwiseConv, Linear, Slot, init_truncated, register_mixer
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 
 for _name in ("convolve_each", "strip_means"):
     torch.fx.wrap(_name)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from vitzoo.layers import BatchNorm, Block, ConvNorm, ConvNormStem, DepthwiseConv, Linear, Mlp, RoutedAttention, Slot, pad_map
 from vitzoo.layers.attention import check_heads
 from vitzoo.layers.maps import pad_image
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import everywhere
 

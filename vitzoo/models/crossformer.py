@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, DepthwiseConv, GroupAttention, Mlp, pad_map
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 
 torch.fx.wrap("pad_map")
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vitzoo.layers import Block, ConvDownsample, DepthwiseConv, Linear, Mlp, OverlapPatchEmbed, Slot
 from vitzoo.layers.attention import check_heads
 from vitzoo.layers.maps import padded_size
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import everywhere, stripe
 

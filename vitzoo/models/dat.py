@@ -41,8 +41,8 @@ from vitzoo.layers import (
 )
 from vitzoo.layers.attention import check_heads
 from vitzoo.models._contract import pair
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend
 from vitzoo.patterns import neighborhood, window
 

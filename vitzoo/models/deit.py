@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vitzoo.models._plain import PLAIN_SIZES, Plain, PlainConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import PLAIN_SIZES, Plain, PlainConfig
 
 
 class DeiT(Plain):

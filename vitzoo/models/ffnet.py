@@ -27,8 +27,8 @@ from vitzoo.layers import (
     init_truncated,
     register_mixer,
 )
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 
 
 @dataclass(frozen=True)

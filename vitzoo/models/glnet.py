@@ -37,8 +37,8 @@ from vitzoo.layers import (
     register_mixer,
 )
 from vitzoo.layers.agent import pool_map
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 
 torch.fx.wrap("pool_map")
 

@@ -36,8 +36,8 @@ from vitzoo.layers import Block, Mlp, PatternAttention, linear
 from vitzoo.layers.batchnorm import affine, may_fold
 from vitzoo.layers.maps import padded_size
 from vitzoo.models._contract import pair
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import Pattern, grid, window
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vitzoo.layers import Block, ConvDownsample, ConvStem, Mlp, PatchEmbed, PatchMerging, PatternAttention
 from vitzoo.models._contract import pair
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.patterns import everywhere, neighborhood
 
 

@@ -22,8 +22,8 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from vitzoo.layers import ClassAttentionHead, DepthwiseConv, Linear
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from vitzoo.layers import (
     register_mixer,
 )
 from vitzoo.layers.attention import check_heads
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend
 
 torch.fx.wrap("attend")

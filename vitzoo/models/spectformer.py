@@ -36,8 +36,10 @@ from vitzoo.layers import (
     init_by_fan_out,
     register_mixer,
 )
+from vitzoo.layers.mixers import choose_mixer
+from vitzoo.models._plain import Plain, PlainConfig
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Plain, PlainConfig, Pyramid, PyramidConfig, choose_mixer
 from vitzoo.ops import attend
 
 for _name in ("attend", "filter_map"):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from vitzoo.layers import Block, Linear, Mlp, PatchEmbed, PatchMerging, PatternAttention, linear, resize_positions
 from vitzoo.models._contract import pair
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 from vitzoo.ops import attend2d
 from vitzoo.patterns import Pattern, window
 

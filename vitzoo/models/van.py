@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitzoo.layers import BatchNorm, Block, ConvNorm, DepthwiseConv, DepthwiseMlp, Linear, Slot, init_by_fan_out, register_mixer
+from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import Pyramid, PyramidConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ Deviations: any image size; it is padded to whole patches and the learned positi
 
 from __future__ import annotations
 
+from vitzoo.models._plain import PLAIN_SIZES, Plain, PlainConfig
 from vitzoo.models._registry import register_family
-from vitzoo.models._trunk import PLAIN_SIZES, Plain, PlainConfig
 
 
 class ViT(Plain):

@@ -18,7 +18,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from vitzoo.models._contract import FeatureGetterNet, feature_take_indices
-from vitzoo.models._trunk import Plain
+from vitzoo.models._plain import Plain
 from vitzoo.tokens._map import TokenMap, rows
 from vitzoo.tokens._parts import QKV, NotReducibleError, Parts, softmax_attend
 

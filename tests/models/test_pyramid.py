@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vitzoo
-from vitzoo.models import _trunk
+from vitzoo.models import _pyramid
 
 
 @pytest.mark.parametrize("tokens", [1, 600], ids=["image_by_image", "two_images"])
@@ -12,12 +12,12 @@ def test_a_stage_in_pieces_is_the_stage(monkeypatch, tokens):
     model, images = vitzoo.create_model("swin_micro").eval(), torch.randn(5, 3, 33, 47)
     with torch.no_grad():
         whole = model(images)
-        monkeypatch.setattr(_trunk, "CACHED_TOKENS", tokens)
+        monkeypatch.setattr(_pyramid, "CACHED_TOKENS", tokens)
         torch.testing.assert_close(model(images), whole)
 
 
 def test_a_hook_on_a_block_sees_the_whole_batch(monkeypatch):
-    monkeypatch.setattr(_trunk, "CACHED_TOKENS", 1)
+    monkeypatch.setattr(_pyramid, "CACHED_TOKENS", 1)
     model, seen = vitzoo.create_model("nat_micro").eval(), []
     model.stages[1].blocks[0].register_forward_hook(lambda module, args, out: seen.append(len(out)))
     with torch.no_grad():
@@ -35,5 +35,5 @@ def test_a_batch_norm_in_training_sees_the_whole_batch(monkeypatch):
     model.stages[1].blocks[0].conv.norm1.train()
     with torch.no_grad():
         whole = model(images)
-        monkeypatch.setattr(_trunk, "CACHED_TOKENS", 1)
+        monkeypatch.setattr(_pyramid, "CACHED_TOKENS", 1)
         torch.testing.assert_close(model(images), whole)

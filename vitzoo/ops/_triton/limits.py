@@ -24,13 +24,13 @@ def why_not(q: Tensor, **others: Tensor) -> str | None:
         return f"it needs a CUDA device, got {q.device.type}."
     if q.device.type == "cuda" and _capability(q.device.index) < 80:
         return "it needs a GPU of compute capability 8.0 or later."
-    if q.dtype not in DTYPES:
-        return f"it runs float16, bfloat16 and float32, got {q.dtype}."
-    if q.dtype == torch.bfloat16 and INTERPRETED:
-        return "Triton's interpreter cannot multiply bfloat16."
-    if not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
-        return f"it runs head dimensions {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}."
     for name, tensor in {"q": q, **others}.items():
+        if tensor.dtype not in DTYPES:
+            return f"it runs float16, bfloat16 and float32, got {tensor.dtype}."
+        if tensor.dtype == torch.bfloat16 and INTERPRETED:
+            return "Triton's interpreter cannot multiply bfloat16."
+        if not MIN_HEAD_DIM <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            return f"it runs head dimensions {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {tensor.shape[-1]}."
         if tensor.stride(-1) != 1:
             return f"the head dimension of {name} is not contiguous (stride {tensor.stride(-1)})."
         if sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:

@@ -9,6 +9,7 @@ from collections import namedtuple
 import pytest
 import torch
 
+from vitzoo.layers import DeformableAttention
 from vitzoo.ops import attend, attend2d, explain, using
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.patterns import window
@@ -71,6 +72,27 @@ def test_using_fixes_the_implementation_for_a_block(q, monkeypatch):
         raise RuntimeError("inside")
     attend2d(q, q, q, window(2))
     assert ran == ["reference", "reference", "sdpa", "sdpa", "reference", "sdpa"]
+
+
+def test_using_leaves_ops_without_such_an_implementation_their_choice(q):
+    op = made_up_op({"nowhere_else": "it needs a GPU.", "sdpa": None, "slow": None})
+    call = op.prepare(q)
+    with using("triton"):  # another op's
+        assert op.run(call, None)[0] == "sdpa"
+        with pytest.raises(ValueError, match="made_up has no implementation 'triton'; it has nowhere_else, sdpa, slow"):
+            op.run(call, "triton")
+    with using("slow"), using("triton"):
+        assert op.run(call, None)[0] == "slow"
+    with using("nowhere_else"), pytest.raises(ValueError, match=r"cannot run as nowhere_else: it needs a GPU\."):
+        op.run(call, None)
+    op.run(call, None)
+
+
+def test_using_runs_models_of_several_ops():
+    layer, x = DeformableAttention(8, 2, (4, 4)), torch.randn(1, 4, 5, 8)  # sample2d has no implementation of the name sdpa
+    expected = layer(x)
+    with using("sdpa"):
+        torch.testing.assert_close(layer(x), expected)
 
 
 def test_using_refuses_a_name_that_no_op_has():

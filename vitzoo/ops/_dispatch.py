@@ -38,7 +38,11 @@ class Op:
 
     def choose(self, call: Any, impl: str | None) -> Implementation:
         """The implementation that runs `call`; raises ValueError where the one asked for cannot."""
-        wanted = impl if impl is not None else _forced[-1] if _forced else None
+        names = [each.name for each in self.implementations]
+        wanted = impl
+        for name in _forced:  # the innermost block that names one of this op's implementations
+            if impl is None and name in names:
+                wanted = name
         if wanted is None:
             for each in self.implementations:
                 if each.supports(call) is None:
@@ -50,8 +54,7 @@ class Op:
                 if reason is not None:
                     raise ValueError(f"{self.name} cannot run as {wanted}: {reason}")
                 return each
-        known = ", ".join(each.name for each in self.implementations)
-        raise ValueError(f"{self.name} has no implementation {wanted!r}; it has {known}.")
+        raise ValueError(f"{self.name} has no implementation {wanted!r}; it has {', '.join(names)}.")
 
     def run(self, call: Any, impl: str | None) -> tuple:
         """The results of `call`, a tuple of fields with a tensor first. Autocast has been obeyed and is off inside."""
@@ -88,10 +91,12 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> str:
 
 
 class using:
-    """Run every op inside the block as the implementation called `name`: `with using("reference"): ...`
+    """Run every op that has an implementation called `name` as that one: `with using("reference"): ...`
 
-    The innermost block counts, and an `impl=` in a call counts more. An op that has no such implementation, or whose
-    implementation does not support a call, raises ValueError. The choice holds for the process, not for one thread.
+    Ops without one choose as they would outside the block, so that `using("sdpa")` holds for a model some of whose ops are
+    computed in another way. Of nested blocks the innermost that means an op counts, and an `impl=` in a call counts more. An
+    implementation that does not support a call raises ValueError, and so does a name that no op knows. The choice holds for
+    the process, not for one thread.
     """
 
     def __init__(self, name: str) -> None:

@@ -14,14 +14,17 @@ from vitzoo.layers.embed import (
     PatchMerging,
     SpatialReduction,
 )
+from vitzoo.layers.exchange import exchangeable, refusal, takes_the_place_of, with_our_attention
 from vitzoo.layers.grouped import GroupAttention
 from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
 from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
 from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead
-from vitzoo.layers.relative import with_our_attention
+from vitzoo.layers.reduced import ReducedAttention
+from vitzoo.layers.relative import BottleneckAttention, HaloAttention
 from vitzoo.layers.routed import RoutedAttention
+from vitzoo.layers.windows import RelativeTable, WindowAttention
 
 __all__ = [
     "AgentAttention",
@@ -48,6 +51,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatternAttention",
+    "ReducedAttention",
     "RoutedAttention",
     "Slot",
     "SpatialReduction",

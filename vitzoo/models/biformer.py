@@ -18,16 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitzoo.layers import BatchNorm, Block, ConvNorm, ConvNormStem, DepthwiseConv, Linear, Mlp, RoutedAttention, Slot, pad_map
+from vitzoo.layers import (
+    BatchNorm,
+    Block,
+    ConvNorm,
+    ConvNormStem,
+    DepthwiseConv,
+    Linear,
+    Mlp,
+    NormedPatches,
+    RoutedAttention,
+    Slot,
+)
 from vitzoo.layers.attention import check_heads
-from vitzoo.layers.maps import pad_image
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
 from vitzoo.ops import attend2d
 from vitzoo.patterns import everywhere
 
-for _name in ("attend2d", "pad_image", "pad_map"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("attend2d")
 
 LAYOUTS = ("biformer", "stl", "stl_nchw")
 
@@ -95,27 +104,6 @@ class PositionedBlock(Block):
         return super().forward(x + self.pos_embed(x), *grid)
 
 
-class Patches(nn.Module):
-    """Patches of a map through one linear layer, and a batch norm: of the map (stl's downsampling) or, in the stem, behind.
-
-    Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / patch), ceil(W / patch), out_dim]``; rounded down without ``pad``.
-    """
-
-    def __init__(self, dim: int, out_dim: int, patch: int, *, pad: bool, stem: bool = False) -> None:
-        super().__init__()
-        self.stem = stem
-        self.multiple = (patch, patch) if pad else (1, 1)
-        self.proj = nn.Conv2d(dim, out_dim, patch, stride=patch)
-        self.norm = BatchNorm(out_dim if stem else dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stem:  # x is an image
-            return self.norm(self.proj(pad_image(x, self.multiple)).permute(0, 2, 3, 1))
-        # contiguous costs nothing and fixes strides, which a compiled backward pass guesses wrongly for a batch norm
-        x = self.norm(x.contiguous()).contiguous()
-        return self.proj(pad_map(x, self.multiple).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class BiFormer(Pyramid):
     """BiFormer on the pyramid trunk."""
 
@@ -127,13 +115,13 @@ class BiFormer(Pyramid):
         cfg = self.cfg
         if cfg.layout == "biformer":
             return ConvNormStem(cfg.in_chans, cfg.dims[0] // 2, cfg.dims[0], bias=True)
-        return Patches(cfg.in_chans, cfg.dims[0], 4, pad=not cfg.drop_odd, stem=True)
+        return NormedPatches(cfg.in_chans, cfg.dims[0], 4, pad=not cfg.drop_odd, stem=True)
 
     def make_downsample(self, i: int) -> nn.Module:
         cfg = self.cfg
         if cfg.layout == "biformer":
             return ConvNorm(cfg.dims[i - 1], cfg.dims[i], 3, stride=2, bias=True)
-        return Patches(cfg.dims[i - 1], cfg.dims[i], 2, pad=not cfg.drop_odd)
+        return NormedPatches(cfg.dims[i - 1], cfg.dims[i], 2, pad=not cfg.drop_odd)
 
     def make_block(self, i: int, j: int, drop_path: float) -> nn.Module:
         cfg = self.cfg

@@ -36,17 +36,16 @@ from vitzoo.layers import (
     OverlapPatchEmbed,
     PatchEmbed,
     PatternAttention,
-    SpatialReduction,
+    ReducedAttention,
     pad_map,
 )
 from vitzoo.layers.attention import check_heads
 from vitzoo.models._contract import pair
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.ops import attend
 from vitzoo.patterns import neighborhood, window
 
-for _name in ("attend", "pad_map", "slide_weight"):
+for _name in ("pad_map", "slide_weight"):
     torch.fx.wrap(_name)
 
 KINDS = {
@@ -174,26 +173,6 @@ class PatchDownsample(nn.Module):
 # -- mixers of the unpublished kinds --------------------------------------------------------------------------------
 
 
-class ReducedAttention(nn.Module):
-    """Attention of all tokens to a reduced copy of the map (P, from PVT); a map smaller than a cell is padded to one.
-
-    Shape: ``[B, H, W, C]``, unchanged.
-    """
-
-    def __init__(self, dim: int, num_heads: int, ratio: int, proj_drop: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.ratio = num_heads, check_heads(dim, num_heads), ratio
-        self.q, self.kv, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
-        self.reduction = SpatialReduction(dim, ratio) if ratio > 1 else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, self.head_dim))
-        reduced = self.reduction(pad_map(x, minimum=(self.ratio, self.ratio)))
-        k, v = self.kv(reduced).flatten(1, 2).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
-        return self.proj_drop(self.proj(attend(q, k, v).reshape(x.shape)))
-
-
 def slide_weight(learned: Tensor, copies: int) -> Tensor:
     """Kernels of the nine shifts by one token plus the learned ones ``[9 c, 1, 3, 3]``, ``copies`` times over."""
     shifts = torch.eye(9, device=learned.device, dtype=learned.dtype).view(9, 1, 3, 3)
@@ -314,7 +293,7 @@ class DAT(Pyramid):
         if kind == "D":
             return self.make_deformable(i)
         if kind == "P":
-            return ReducedAttention(dim, heads, cfg.at("sr_ratios", i), drop)
+            return ReducedAttention(dim, heads, cfg.at("sr_ratios", i), proj_drop=drop)
         if kind == "E":
             return SlideAttention(dim, heads, drop)
         if kind == "N":
@@ -398,8 +377,8 @@ _ATTENTION = {
     "conv_offset.0": "offset.conv",
     "conv_offset.1.norm": "offset.norm",
     "conv_offset.3": "offset.proj",
-    "proj_ds.0": "reduction.proj",
-    "proj_ds.1.norm": "reduction.norm",
+    "proj_ds.0": "sr.proj",
+    "proj_ds.1.norm": "sr.norm",
     "dep_conv": "shift",
     "dep_conv1": "shift",
 }
@@ -451,7 +430,7 @@ def _in_attention(cfg: DATConfig, i: int, j: int, tail: list[str], value: Tensor
         return f"attn.{_ATTENTION.get(name, name)}", value
     part = ".".join(tail[:-1])
     part = _ATTENTION.get(part, part)
-    return f"attn.{part}.{tail[-1]}", value if part in ("offset.conv", "reduction.proj", "shift") else _as_linear(value)
+    return f"attn.{part}.{tail[-1]}", value if part in ("offset.conv", "sr.proj", "shift") else _as_linear(value)
 
 
 # -- variants -------------------------------------------------------------------------------------------------------

@@ -25,23 +25,19 @@ from vitzoo.layers import (
     Block,
     ConvDownsample,
     DepthwiseMlp,
-    Linear,
     Mlp,
     OverlapPatchEmbed,
     PatchEmbed,
+    ReducedAttention,
     Slot,
-    SpatialReduction,
     init_by_fan_out,
     resize_positions,
 )
-from vitzoo.layers.attention import check_heads
 from vitzoo.models._contract import pair
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.ops import attend
 
-for _name in ("attend", "resize_positions"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("resize_positions")
 
 
 @dataclass(frozen=True)
@@ -127,37 +123,6 @@ class IdleNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.0 * (self.weight.sum() + self.bias.sum()) if torch.is_grad_enabled() else x
-
-
-class ReducedAttention(nn.Module):
-    """Attention of every token to a reduced copy of the map, section 3.3 of the first paper.
-
-    ``softmax(q k^T / sqrt(D)) v``, q from the map, k and v from cells of ``sr_ratio`` x ``sr_ratio`` tokens.
-
-    Args:
-        dim: channels C.
-        num_heads: heads N; C divides by it.
-        sr_ratio: tokens on a side of a cell; 1 for attention among all tokens.
-        qkv_bias: learn a bias in the projections to q and to k, v.
-        proj_drop: dropout after the output projection.
-
-    Shape: ``[B, H, W, C]``, unchanged; H and W at least ``sr_ratio``.
-    """
-
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int, *, qkv_bias: bool = True, proj_drop: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = check_heads(dim, num_heads)
-        self.q = Linear(dim, dim, bias=qkv_bias)
-        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
-        self.sr = SpatialReduction(dim, sr_ratio) if sr_ratio > 1 else nn.Identity()
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, self.head_dim))
-        k, v = self.kv(self.sr(x)).flatten(1, 2).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
-        return self.proj_drop(self.proj(attend(q, k, v).reshape(x.shape)))
 
 
 class PVT(Pyramid):

@@ -24,14 +24,17 @@ def main() -> None:
     """Hand over to Lightning; an error that is the user's to mend is one sentence and exit status 1."""
     if len(sys.argv) == 1:
         sys.argv += ["fit", "--config", str(Path(__file__).parent / "configs/quickstart.yaml")]
-    from vitzoo.data.errors import UserError, sentence
     from vitzoo.tasks.cli import Command, quiet
+    from vitzoo.tasks.faults import in_words
 
     quiet()
     try:
         Command()
-    except UserError as error:
-        sys.exit(f"error: {sentence(error)}")
+    except Exception as error:
+        said = in_words(error)
+        if said is None:
+            raise  # a defect of ours: its traceback is what a report needs
+        sys.exit(f"error: {said}")
 
 
 if __name__ == "__main__":

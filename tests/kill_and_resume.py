@@ -1,8 +1,10 @@
 """Train once undisturbed and once with SIGKILLs at random moments, each time resumed; compare bit for bit.
 
-    python tests/kill_and_resume.py FOLDER --kills 5 [--seed 0] [--epochs 4] [--workers 0]
+    python tests/kill_and_resume.py FOLDER --kills 5 [--writing 5] [--seed 0] [--epochs 4] [--workers 0] [--term 1]
 
-One process imports everything and forks a child for each attempt, so that an attempt costs training and no imports. The
+The first ``--kills`` come at random moments, the next ``--writing`` while a checkpoint lies on the disk half written (its
+writing is slowed down for that), the next ``--term`` stops are SIGTERM, after which the run must have saved and exited with
+143. One process imports everything and forks a child for each attempt, so that an attempt costs training and no imports. The
 run is small but has what makes resuming hard: gradient accumulation over a number of batches that it does not divide,
 several epochs with a validation each, mixup and cutmix, drop path, random augmentation, averaged weights, clipping, a
 schedule by update, a checkpoint after every update (so that many kills fall into its writing). Prints one line of JSON.
@@ -10,6 +12,7 @@ schedule by update, a checkpoint after every update (so that many kills fall int
 
 import argparse
 import csv
+import io
 import json
 import os
 import random
@@ -71,10 +74,14 @@ def child(out: Path, log: Path, given: argparse.Namespace) -> int:
     try:
         import train
 
+        torch.save = halting(torch.save)
         sys.argv = ["train.py", *RUN, "--out", str(out)]
         sys.argv += ["--data.num_workers", str(given.workers), "--trainer.max_epochs", str(given.epochs)]
         train.main()
         status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+        print(stop.code)
     except BaseException:
         import traceback
 
@@ -82,6 +89,52 @@ def child(out: Path, log: Path, given: argparse.Namespace) -> int:
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def halting(save):
+    """``torch.save`` that rests where half of the file is on the disk."""
+
+    def slow(checkpoint, file):
+        whole = io.BytesIO()
+        save(checkpoint, whole)
+        content = whole.getvalue()
+        file.write(content[: len(content) // 2])
+        file.flush()
+        time.sleep(0.02)
+        file.write(content[len(content) // 2 :])
+
+    return slow
+
+
+def interrupt_writing(pid: int, out: Path, number: int) -> bool:
+    """Kill a child in the middle of its ``number``-th checkpoint from now; whether it still ran."""
+    beside, seen, before = out / "last.ckpt.tmp", 0, None
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return False
+        now = stamp(beside)
+        if now is not None and now[0] != before:
+            seen, before = seen + 1, now[0]
+            if seen >= number:
+                time.sleep(0.004)
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return True
+        if now is None:
+            before = None
+        time.sleep(0.001)
+
+
+def terminate(pid: int, out: Path, then: float) -> int:
+    """Ask a child to stop once it has written a checkpoint; its exit status."""
+    first = stamp(out / "last.ckpt")
+    while stamp(out / "last.ckpt") == first:
+        time.sleep(0.002)
+    time.sleep(then)
+    os.kill(pid, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def finish(pid: int, watched: Path | None = None, updates: int = 0, then: float = 0.0) -> int | None:
@@ -140,6 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--writing", type=int, default=0)
+    parser.add_argument("--term", type=int, default=0)
     parser.add_argument("--longest", type=float, default=0.3, help="seconds at most between a checkpoint and the kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=4)
@@ -154,12 +209,23 @@ def main() -> None:
     began = time.monotonic()
     assert finish(child(calm, given.folder / "calm.log", given)) == 0, (given.folder / "calm.log").read_text()
 
-    draw, kills, attempts = random.Random(given.seed), 0, 0
+    draw, kills, attempts, halves, terms = random.Random(given.seed), 0, 0, 0, 0
     while True:
         attempts += 1
         pid = child(rough, given.folder / "rough.log", given)
         if kills < given.kills:
             status = finish(pid, rough / "last.ckpt", draw.randrange(4), draw.uniform(0, given.longest))
+        elif halves < given.writing:
+            if interrupt_writing(pid, rough, draw.randrange(1, 4)):
+                halves += (rough / "last.ckpt.tmp").exists()
+                continue
+            break
+        elif terms < given.term:
+            status = terminate(pid, rough, draw.uniform(0, given.longest))
+            if status == 143:
+                terms += 1
+                assert not (rough / "last.ckpt.tmp").exists()
+                continue
         else:
             status = finish(pid)
         if status is None:
@@ -174,6 +240,8 @@ def main() -> None:
         json.dumps(
             {
                 "kills": kills,
+                "half_written": halves,
+                "stopped": terms,
                 "attempts": attempts,
                 "updates": a["global_step"],
                 "differences": differ[:10],

@@ -152,6 +152,11 @@ def test_own_pictures_train_and_predict(train, pictures, tmp_path):
         (["--model.cooldown_epochs", "25"], ["cooldown_epochs 25", "max_epochs 25"]),
         (["--ckpt_path", "gone.ckpt"], ["gone.ckpt", "does not exist"]),
         (["--ckpt_path", "best"], ["--ckpt_path last"]),
+        (["--trainer.accelerator", "gpu"], ["No supported gpu backend", "--trainer.accelerator cpu"]),
+        (
+            [*SHORT, "--trainer.accumulate_grad_batches", "1", "--model.lr", "1e30", "--model.warmup_epochs", "0"],
+            ["not finite in epoch 1, batch 2, after 1 updates", "training picture", "goes on from", "not_finite-0.txt"],
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(train, tmp_path, arguments, words):
@@ -324,13 +329,13 @@ def test_train_py_is_short():
 
 
 def test_a_killed_run_ends_with_the_same_bits_and_rows(tmp_path):
-    command = [sys.executable, "tests/kill_and_resume.py", str(tmp_path), "--kills", "5"]
+    command = [sys.executable, "tests/kill_and_resume.py", str(tmp_path), "--kills", "2", "--writing", "2", "--term", "1"]
     ran = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.strip().splitlines()[-1])
-    assert found["kills"] == 5
+    assert (found["kills"], found["half_written"], found["stopped"]) == (2, 2, 1)
     assert found["differences"] == []
     assert found["rows_equal"]
     assert (found["updates"], found["rows"]) == (20, 4)

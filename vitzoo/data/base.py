@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ def workers(asked: int | None, *, embedded: bool) -> int:
 def lists(items: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     """Collate pictures of different sizes: a list of each part of the items."""
     return tuple(list(part) for part in zip(*items, strict=True))
+
+
+def _deaf(_: int) -> None:
+    """A signal to stop that reaches the whole group of processes is the main one's to answer: it still needs its loaders."""
+
+    def first(signum: int, _: Any) -> None:
+        signal.signal(signum, signal.SIG_DFL)  # the second one ends the worker: a loader that closes insists
+
+    signal.signal(signal.SIGTERM, first)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class StepData(LightningDataModule):
@@ -67,8 +78,7 @@ class StepData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the position of the checkpoint that was loaded, else from the start."""
-        rank, world = self.world
-        hp = self.hparams
+        hp, world = self.hparams, self.world[1]
         if hp.batch_size % world:
             raise UserError(f"data.batch_size {hp.batch_size} counts all devices, and {world} devices do not divide it.")
         if self._saved_batches is not None and self._saved_batches != self.epoch_batches():
@@ -76,8 +86,21 @@ class StepData(LightningDataModule):
                 f"The checkpoint was written in epochs of {self._saved_batches} steps, and now there are "
                 f"{self.epoch_batches()}: go on with the same data and data.batch_size."
             )
-        batches = StepBatches(len(self.sets["train"]), hp.batch_size, hp.seed, rank=rank, world=world, position=self.position)
+        batches = self._batches(self.position)
         return DataLoader(self.sets["train"], batch_sampler=batches, collate_fn=self.train_collate, **self._loading())
+
+    def _batches(self, position: tuple[int, int]) -> StepBatches:
+        rank, world = self.world
+        hp = self.hparams
+        return StepBatches(len(self.sets["train"]), hp.batch_size, hp.seed, rank=rank, world=world, position=position)
+
+    def names_of(self, epoch: int, batch: int) -> list[str]:
+        """The pictures that this process saw in a training batch: paths where there are files, else numbers."""
+        train = self.sets["train"]
+        order = self._batches((epoch, batch))
+        order.set_epoch(epoch)
+        name = getattr(train, "name", lambda index: f"training picture {index}")
+        return [name(index) for index, _ in next(iter(order), [])]
 
     def epoch_batches(self) -> int:
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
@@ -106,6 +129,7 @@ class StepData(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _deaf,
         }
 
     def state_dict(self) -> dict[str, int]:

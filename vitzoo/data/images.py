@@ -100,6 +100,10 @@ class Images(Dataset):
         """The picture as RGB, before the transform."""
         raise NotImplementedError
 
+    def name(self, index: int) -> str:
+        """What a message calls a picture."""
+        return f"training picture {index}"
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -185,6 +189,10 @@ class FolderImages(Images):
             of_class = f", class {self.classes[self.labels[index]]!r}" if self.classes else ""
             way_out = "Remove or mend the file, or pass --data.skip_corrupt true."
             raise UserError(f"{error}{of_class}. {way_out}") from error
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self.paths[index]
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Any, int]:
         index, seed = item if isinstance(item, tuple) else (item, None)

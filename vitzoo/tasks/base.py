@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
@@ -35,6 +36,7 @@ class Task(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.last_loss: Tensor | None = None
+        self._first_bad: Tensor | None = None
 
     @property
     def title(self) -> str:
@@ -56,6 +58,44 @@ class Task(LightningModule):
     def predictions(folder: str) -> Callback:
         """What writes predictions into a folder; its ``summary()`` is one line."""
         raise NotImplementedError
+
+    def finished(self, loss: Tensor, batch_idx: int) -> Tensor:
+        """What a training step returns for the mean loss of its batch.
+
+        Lightning divides by ``accumulate_grad_batches``; the last group of an epoch may have fewer batches, and its gradient
+        is to be a mean too. A loss that is not finite ends the run: on the CPU before anything is learned from it, on a
+        device within ``trainer.log_every_n_steps`` batches (nothing waits for the device before) and before any checkpoint.
+
+        Args:
+            loss: A scalar.
+            batch_idx: Of Lightning, in this epoch.
+
+        Returns:
+            The loss to go back from.
+        """
+        self.last_loss = loss.detach()
+        if self._trainer is None:
+            return loss
+        trainer, at = self.trainer, self.trainer.fit_loop.epoch_loop.total_batch_idx
+        bad = ~torch.isfinite(self.last_loss)
+        before = self._first_bad if self._first_bad is not None else torch.full_like(self.last_loss, -1, dtype=torch.long)
+        self._first_bad = torch.where(bad & (before < 0), at, before)
+        if (self.device.type == "cpu" and trainer.world_size == 1) or batch_idx % trainer.log_every_n_steps == 0:
+            self.check_finite()
+        several = trainer.accumulate_grad_batches
+        group = min(several, trainer.num_training_batches - batch_idx // several * several)
+        return loss if group == several else loss * (several / group)
+
+    def check_finite(self) -> None:
+        """Raise UserError where a loss since the last call was not finite; with several processes all of them call this."""
+        if self._first_bad is None:
+            return
+        mine = int(self._first_bad)
+        if not self.trainer.strategy.reduce_boolean_decision(mine >= 0, all=False):
+            return
+        from vitzoo.tasks.faults import not_finite
+
+        raise UserError(not_finite(self, mine))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, drop path and mixup by the step, so that a resumed run draws what it would have drawn."""
@@ -133,10 +173,22 @@ class Task(LightningModule):
                     "it was trained."
                 )
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        self._tensors_fit(checkpoint["state_dict"])
         stored, present = checkpoint.get("classes"), list(getattr(data, "classes", []))
         if stored and present and stored != present:
             other = next(i for i, pair in enumerate(zip(stored, present, strict=True)) if pair[0] != pair[1])
             raise UserError(
                 f"The checkpoint's class {other} is {stored[other]!r}, the data's is {present[other]!r}: the classes' "
                 "names must be those it was trained on."
+            )
+
+    def _tensors_fit(self, theirs: dict[str, Tensor]) -> None:
+        ours = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        wrong = [key for key in {**ours, **theirs} if ours.get(key) != (tuple(theirs[key].shape) if key in theirs else None)]
+        if wrong:
+            key = wrong[0]
+            here, there = ours.get(key, "missing"), tuple(theirs[key].shape) if key in theirs else "missing"
+            raise UserError(
+                f"The checkpoint is of another model: {len(wrong)} of {len(ours)} tensors differ, the first is {key}, {there} "
+                f"there and {here} here. Give --model.name and --model.kwargs as they were when it was trained."
             )

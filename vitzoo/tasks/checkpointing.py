@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from vitzoo.data.errors import UserError
 from vitzoo.tasks.progress import say
+from vitzoo.tasks.stopping import StopRequest, any_process
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints"]
 
@@ -26,19 +29,72 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``, creating its folder."""
+        """Write ``checkpoint`` to ``path``, creating its folder; UserError where the disk does not take it."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            self._flush_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            kept = f"the one written before, {path}, is whole" if path.exists() else "none was written before"
+            try:
+                beside.unlink(missing_ok=True)
+            except OSError as other:
+                kept += f" ({beside.name} could not be removed: {other.strerror})"
+            raise UserError(
+                f"The checkpoint could not be written to {path.parent} ({' '.join(str(error).split())}); {kept}. Make room "
+                "or give another --out, and go on with --ckpt_path."
+            ) from error
+
+    @staticmethod
+    def _flush_folder(folder: Path) -> None:
+        """The rename itself must survive a power failure too; not every file system lets a folder be opened."""
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        """Read tensors and plain values only, whatever ``weights_only`` says."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        """Read tensors and plain values only, whatever ``weights_only`` says.
+
+        Args:
+            path: The file.
+            map_location: Device of the tensors.
+            weights_only: Ignored.
+
+        Returns:
+            The checkpoint of a run.
+
+        Raises:
+            UserError: The file is damaged, holds what could run code, or is not the checkpoint of a run.
+        """
+        try:
+            found = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            whole = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
+            what = "holds objects whose loading could run code, so it was not loaded" if whole else "is no checkpoint"
+            raise UserError(f"{path} {what}. Give a checkpoint that a run of train.py wrote.") from error
+        except Exception as error:  # a damaged file makes torch raise RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...
+            raise UserError(
+                f"{path} cannot be read as a checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+                "It is damaged or no checkpoint: give another --ckpt_path."
+            ) from error
+        if not isinstance(found, Mapping) or not {"state_dict", "pytorch-lightning_version", "loops"} <= found.keys():
+            raise UserError(
+                f"{path} holds no run of train.py. To start a new run from the weights in it, give --model.weights {path}."
+            )
+        return found
 
 
 class Checkpoints(Checkpoint):
@@ -47,8 +103,12 @@ class Checkpoints(Checkpoint):
     ``last.ckpt`` is written only where a run can go on bit for bit: never while a gradient is half accumulated (it would
     be lost) and never on an epoch's last batch (Lightning's counters then restart in two ways, and a second resume read
     wrong batches). What comes between an epoch's last-but-one batch and the next epoch's first is done again after a
-    crash, the validation too. A run whose epochs are a single update is therefore saved at its end only. ``best.ckpt``
-    is written at an epoch's end, where a run does not go on exactly (tried: other weights), so training refuses it.
+    crash, the validation too; so an epoch that took more than a minute is saved before its last update. A run whose epochs
+    are a single update is saved at its end only. ``best.ckpt`` is written at an epoch's end, where a run does not go on
+    exactly (tried: other weights), so training refuses it.
+
+    SIGTERM and SIGUSR1 end the run at the next such batch, saved (:class:`vitzoo.tasks.stopping.StopRequest`). No
+    checkpoint is written from a loss that is not finite.
 
     Args:
         folder: Where.
@@ -64,11 +124,18 @@ class Checkpoints(Checkpoint):
         self.best_epoch: int | None = None
         self._saved_update, self._saved_at = 0, time.monotonic()
         self._writing, self._loaded = "", ""
+        self._stop = StopRequest()
+        self._batches, self._due = 0, False
 
     @property
     def best_model_path(self) -> str:
         """Where the best checkpoint lies; Lightning's ``ckpt_path="best"`` asks for it."""
         return str(self.folder / "best.ckpt") if self.best is not None else ""
+
+    def kept(self) -> str:
+        """How to go on after a stop, in words."""
+        last = self.folder / "last.ckpt"
+        return f"--ckpt_path last goes on from {last}" if last.exists() else "no last.ckpt was written yet"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count updates from here; UserError where a ``best.ckpt`` was loaded."""
@@ -78,17 +145,38 @@ class Checkpoints(Checkpoint):
                 "from a last.ckpt: --ckpt_path last, or the last.ckpt beside it."
             )
         self._saved_update, self._saved_at = trainer.global_step, time.monotonic()
+        self._stop.listen(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write ``last.ckpt`` where it is due and safe."""
-        due = trainer.global_step - self._saved_update >= self.every
-        if not due and time.monotonic() - self._saved_at < 60 * self.minutes:
-            return
+        """Write ``last.ckpt`` where it is due and safe; end there where the machine asks for it."""
+        self._batches += 1
+        asked = self._stop.agreed(trainer)
+        late = any_process(trainer, time.monotonic() - self._saved_at > 60 * self.minutes, self._batches)
+        due = late or trainer.global_step - self._saved_update >= self.every
+        left = trainer.num_training_batches - batch_idx - 1
+        if left <= trainer.accumulate_grad_batches:  # the last safe batch before a validation
+            due = due or any_process(trainer, time.monotonic() - self._saved_at > 60, 0)
+        self._due = self._due or due or asked
         loop = trainer.fit_loop.epoch_loop
-        if not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+        if self._due and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
             self._save(trainer, "last.ckpt")
+            if asked:
+                self._stop.stop(trainer, self.kept())
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """End a training run in its validation without a word more to the disk: no exact continuation starts here."""
+        if trainer.state.fn == "fit" and self._stop.signum is not None:
+            self._stop.stop(trainer, self.kept())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.ckpt`` where the figure is better than before."""
@@ -106,15 +194,14 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell someone who pressed Ctrl-C how to go on; nothing is saved in the middle of a step."""
         if isinstance(exception, KeyboardInterrupt):
-            last = self.folder / "last.ckpt"
-            kept = f"--ckpt_path last goes on from {last}" if last.exists() else "no last.ckpt was written yet"
-            say(f"\nstopped after {trainer.global_step} updates; {kept}")
+            say(f"\nstopped after {trainer.global_step} updates; {self.kept()}")
 
     def _save(self, trainer: Trainer, name: str) -> None:
         if trainer.fast_dev_run:
             return
+        trainer.lightning_module.check_finite()
         if name == "last.ckpt":
-            self._saved_update, self._saved_at = trainer.global_step, time.monotonic()
+            self._saved_update, self._saved_at, self._due = trainer.global_step, time.monotonic(), False
         self._writing = name
         trainer.save_checkpoint(self.folder / name)
         for logger in trainer.loggers:

@@ -152,8 +152,7 @@ class Classification(Task):
         if hasattr(self.model, "extra_loss"):  # what a part of the model learns beside the labels
             extra = self.model.extra_loss(images, labels, logits)
             loss = loss if extra is None else loss + extra
-        self.last_loss = loss.detach()
-        return loss
+        return self.finished(loss, batch_idx)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch

@@ -177,8 +177,7 @@ class Detection(Task):
         found = [{key: _for_loss(key, t[key]) for key in known if key in t} for t in targets]
         losses: dict[str, Tensor] = self.model(images, found)
         loss = torch.stack(list(losses.values())).sum()
-        self.last_loss = loss.detach()
-        return loss
+        return self.finished(loss, batch_idx)
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """What is found in each image, in eval mode: ``boxes``, ``labels``, ``scores``, and bool ``masks`` ``[n, H, W]``."""

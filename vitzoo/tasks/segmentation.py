@@ -227,8 +227,7 @@ class Segmentation(Task):
         loss = self.loss(logits, labels)
         if auxiliary is not None:
             loss = loss + self.hparams.aux * self.loss(auxiliary, labels)
-        self.last_loss = loss.detach()
-        return loss
+        return self.finished(loss, batch_idx)
 
     def segment(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits ``[classes, *size]`` of one image ``[3, H, W]``, whole or in windows, mirrored too where asked."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.budget import assert_within_budget
-from vitzoo.ops import sample2d
+from vitzoo.ops import _bilinear, sample2d
 
 IMPLEMENTATIONS = ("grid_sample", "reference")
 
@@ -81,6 +81,32 @@ def test_grid_sample_gives_the_samples_and_gradients_of_the_reference(size):
 
     for got, expected in zip(everything("grid_sample"), everything("reference"), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_where_grid_sample_has_no_deterministic_gradient_indexing_gives_the_same(nan_memory, monkeypatch):
+    ran = []
+    gathered = _bilinear.gathered
+    x, points = tensors()
+    points.data[0, 0], points.data[0, 1] = 1, 1e20  # on the last token, where the cell behind it is empty; far away
+    expected = sample2d(x, points)
+    gradients = torch.autograd.grad(expected.square().sum(), (x, points))
+    monkeypatch.setattr(_bilinear, "gathered", lambda *given: ran.append(len(given)) or gathered(*given))
+    monkeypatch.setattr(_bilinear, "sums_by_atomics", lambda device: True)
+    out = sample2d(x, points)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (x, points)), gradients)
+    assert ran
+
+
+def test_sample2d_is_registered_as_opcheck_wants_it():
+    x, points = tensors(B=1)
+    torch.library.opcheck(torch.ops.vitzoo.sample2d.default, (x, points))
+    dout = torch.randn(1, 7, 3, 6, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.vitzoo.sample2d_backward.default, (dout, x.detach(), points.detach()))
+    out = sample2d(x, points)
+    torch.testing.assert_close(torch.ops.vitzoo.sample2d(x, points), out)
+    expected = torch.autograd.grad(out, (x, points), dout)
+    torch.testing.assert_close(torch.ops.vitzoo.sample2d_backward(dout, x.detach(), points.detach()), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

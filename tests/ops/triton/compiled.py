@@ -20,6 +20,7 @@ from triton.compiler import ASTSource, make_backend
 
 from vitzoo.ops.attend.triton import launch as attend
 from vitzoo.ops.attend2d.triton import choose, launch
+from vitzoo.ops.sample2d.triton import launch as sample2d
 from vitzoo.patterns import Pattern
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -45,7 +46,8 @@ def recorded(monkeypatch, arch: int, run: Callable[[], object]) -> list[Launch]:
     launches = []
 
     def record(kernel, *positional, grid, warmup, **named):
-        arguments = dict(zip(kernel.arg_names, positional, strict=False))
+        arguments = {p.name: p.default for p in kernel.params if p.has_default}
+        arguments |= dict(zip(kernel.arg_names, positional, strict=False))
         arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
         launches.append(Launch(kernel, arguments, {n: value for n, value in named.items() if n not in kernel.arg_names}))
 
@@ -74,6 +76,13 @@ def run_attend(L: int, S: int, N: int, D: int, dtype=torch.bfloat16, bias=True, 
     keys = torch.empty(256, S, device="meta") if key_bias else None
     out, lse = attend.forward(q, k, v, pairs, keys, 0.1)
     attend.backward(torch.empty_like(out), None, q, k, v, pairs, keys, out, lse, 0.1)
+
+
+def run_sample2d(size, S: int, G: int, C: int, dtype=torch.bfloat16) -> None:
+    """A forward and backward of sample2d at batch 256."""
+    x = torch.empty(256, *size, G, C, dtype=dtype, device="meta")
+    points = torch.empty(256, S, G, 2, device="meta")
+    sample2d.backward(sample2d.forward(x, points), x, points)
 
 
 def compile_launch(one: Launch, arch: int) -> Usage:

@@ -1,6 +1,6 @@
 """The kernels in Triton's interpreter: a process of its own, because TRITON_INTERPRET counts when triton is first imported.
 
-Reads names of `CASES`, or of `attend_cases.CASES`, from standard input, one a line, and answers each with a line of JSON: the
+Reads names of `CASES`, or of another op's cases, from standard input, one a line, and answers each with a line of JSON: the
 largest absolute error of every result against the fp64 oracle, relative to the largest value where that exceeds 1; or
 {"raised": traceback}.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.ops.triton import attend_cases, oracle
+from tests.ops.triton import attend_cases, oracle, sample_cases
 from vitzoo.patterns import (
     Pattern,
     Span,
@@ -115,6 +115,8 @@ def spans() -> dict[str, int]:
     return wrong
 
 
+OTHERS = (attend_cases, sample_cases)
+
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
@@ -123,8 +125,9 @@ if __name__ == "__main__":
     for line in sys.stdin:
         try:
             name = line.strip()
-            if name in attend_cases.CASES:
-                answer = attend_cases.measure(attend_cases.CASES[name])
+            others = [module for module in OTHERS if name in module.CASES]
+            if others:
+                answer = others[0].measure(others[0].CASES[name])
             else:
                 answer = spans() if name == "spans" else measure(CASES[name])
         except Exception:

@@ -42,6 +42,13 @@ ATTEND = {
 }
 
 
+# name: map, points, groups, channels of a group, dtype, bytes a thread may spill
+SAMPLE2D = {
+    "49 points of 56 x 56": ((56, 56), 49, 1, 64, torch.bfloat16, 0),
+    "196 points, d 24, fp32": ((14, 14), 196, 16, 24, torch.float32, 0),
+}
+
+
 ONCE = ("neighborhood 13, d 256", "neighborhood 7, fp32")  # as good as alike on all generations, and slow to compile
 
 
@@ -66,6 +73,14 @@ def test_attends_kernels_compile_within_registers_and_shared_memory(monkeypatch,
 
     *call, stack = ATTEND[name]
     check(recorded(monkeypatch, arch, lambda: run_attend(*call)), arch, name, stack)
+
+
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SAMPLE2D for arch in (80, 90, 100)])
+def test_sample2ds_kernels_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
+    from tests.ops.triton.compiled import recorded, run_sample2d
+
+    *call, stack = SAMPLE2D[name]
+    check(recorded(monkeypatch, arch, lambda: run_sample2d(*call)), arch, name, stack)
 
 
 def check(launches, arch, name, stack):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import check_tensors
-from vitzoo.ops.sample2d import grid_sample, reference
+from vitzoo.ops.sample2d import grid_sample, reference, triton
 
 
 class Sample2dCall(NamedTuple):
@@ -36,6 +36,8 @@ def sample2d(x: Tensor, points: Tensor, *, impl: str | None = None) -> Tensor:
     Returns:
         `[B, S, G, C]` in the dtype of x. Positions and weights are computed in at least fp32. Differentiable in x and
         points; where a point lies exactly on a token, its gradient is that towards the next one. Autocast changes nothing.
+        Under `torch.use_deterministic_algorithms` gradients are summed in one order everywhere (`vitzoo.ops._bilinear` says
+        what that costs in PyTorch); in Triton they always are.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the named implementation does not support the call (the message
@@ -63,6 +65,8 @@ OP = Op(
     prepare,
     (
         Implementation("grid_sample", grid_sample.supports, grid_sample.run),
+        # behind grid_sample, which takes every call, for the reason that attend2d gives
+        Implementation("triton", triton.supports, triton.run),
         Implementation("reference", reference.supports, reference.run),
     ),
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vitzoo.ops._bilinear import bilinear
 
 
 def supports(call: object) -> str | None:
@@ -20,5 +21,5 @@ def run(call) -> tuple[Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)  # the map too: grid_sample takes one dtype for both
     pictures = x.to(wide).permute(0, 3, 4, 1, 2).reshape(B * G, C, H, W)
     grid = points.to(wide).flip(-1).transpose(1, 2).reshape(B * G, S, 1, 2)  # column first
-    out = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return (out.view(B, G, C, S).permute(0, 3, 1, 2).to(x.dtype),)
+    out = bilinear(pictures, grid)
+    return (out.reshape(B, G, C, S).permute(0, 3, 1, 2).to(x.dtype),)

@@ -13,10 +13,14 @@ def supports(call: object) -> str | None:
 
 def run(call) -> tuple[Tensor]:
     """(out,) of a `Sample2dCall`."""
-    wide = torch.promote_types(call.x.dtype, torch.float32)
-    x, points = call.x.to(wide), call.points.to(wide)
-    rows, cols = (nearness(points[..., axis], x.shape[1 + axis]) for axis in (0, 1))
-    return (torch.einsum("bsgi,bsgj,bijgc->bsgc", rows, cols, x).to(call.x.dtype),)
+    return (sample(call.x, call.points),)
+
+
+def sample(x: Tensor, points: Tensor) -> Tensor:
+    """out `[B, S, G, C]` in the dtype of x, in fp32 or wider on the way."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, cols = (nearness(points[..., axis].to(wide), x.shape[1 + axis]) for axis in (0, 1))
+    return torch.einsum("bsgi,bsgj,bijgc->bsgc", rows, cols, x.to(wide)).to(x.dtype)
 
 
 def nearness(points: Tensor, n: int) -> Tensor:

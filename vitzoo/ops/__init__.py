@@ -9,15 +9,20 @@ without a softmax, `channel_attend` among channels.
 from vitzoo.ops._dispatch import explain, using
 from vitzoo.ops.attend import registration as _attend_registration  # noqa: F401  defines torch.ops.vitzoo.attend
 from vitzoo.ops.attend.api import attend
+from vitzoo.ops.attend.point_bias import PointBias
 from vitzoo.ops.attend2d import registration as _attend2d_registration  # noqa: F401  defines torch.ops.vitzoo.attend2d
 from vitzoo.ops.attend2d.api import attend2d
 from vitzoo.ops.attend_routed.api import attend_routed
+from vitzoo.ops.channel_attend import registration as _channel_registration  # noqa: F401  and so on
 from vitzoo.ops.channel_attend.api import channel_attend
+from vitzoo.ops.linear_attend import registration as _linear_registration  # noqa: F401
 from vitzoo.ops.linear_attend.api import linear_attend
 from vitzoo.ops.merge import merge_lse
+from vitzoo.ops.sample2d import registration as _sample2d_registration  # noqa: F401  defines torch.ops.vitzoo.sample2d
 from vitzoo.ops.sample2d.api import sample2d
 
 __all__ = [
+    "PointBias",
     "attend",
     "attend2d",
     "attend_routed",

@@ -41,6 +41,32 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def common_strides(unit: int, axes: str, **tensors: Tensor) -> dict[str, int]:
+    """Strides in units of `unit` elements by parameter name: `q_b, q_t, q_n, k_b, ...` for q, k and the axes "btn"."""
+    return {f"{name}_{axis}": t.stride(dim) // unit for name, t in tensors.items() for dim, axis in enumerate(axes)}
+
+
+def readable(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient as kernels read it: zeros for none, rows of contiguous channels, one image within 2^31 elements."""
+    grad = torch.zeros_like(like) if grad is None else grad
+    return grad if grad.stride(-1) == 1 and inside_int32(grad) else grad.contiguous()
+
+
+ENOUGH_PROGRAMS = 512
+"""Programs that fill a large GPU a few times over; with fewer, what each of them walks through is split."""
+
+
+def split(programs: int, partners: int, tile: int, least: int) -> tuple[int, int]:
+    """(parts, partners in each) so that there are programs enough; a chunk is a whole number of tiles.
+
+    least: partners that are worth a part of their own.
+    """
+    parts = max(1, min(ENOUGH_PROGRAMS // max(programs, 1), partners // least))
+    chunk = -(-partners // parts)
+    chunk = -(-chunk // tile) * tile
+    return -(-partners // chunk) if partners else 1, max(chunk, tile)
+
+
 def inside_int32(tensor: Tensor) -> bool:
     """Whether one image's elements lie within 2^31 of its first: kernels count there in 32 bits."""
     return sum((n - 1) * abs(s) for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) < 2**31

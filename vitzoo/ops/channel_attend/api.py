@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import autocast, check_tensors
-from vitzoo.ops.channel_attend import matmul, reference
+from vitzoo.ops.channel_attend import matmul, reference, triton
 
 
 class ChannelAttendCall(NamedTuple):
@@ -67,6 +67,8 @@ OP = Op(
     prepare,
     (
         Implementation("torch", matmul.supports, matmul.run),
+        # behind torch, which takes every call, for the reason that attend2d gives
+        Implementation("triton", triton.supports, triton.run),
         Implementation("reference", reference.supports, reference.run),
     ),
 )

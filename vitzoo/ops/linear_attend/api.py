@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import check_tensors
-from vitzoo.ops.linear_attend import matmul, reference
+from vitzoo.ops.linear_attend import matmul, reference, triton
 
 
 class LinearAttendCall(NamedTuple):
@@ -68,6 +68,8 @@ OP = Op(
     prepare,
     (
         Implementation("torch", matmul.supports, matmul.run),
+        # behind torch, which takes every call, for the reason that attend2d gives
+        Implementation("triton", triton.supports, triton.run),
         Implementation("reference", reference.supports, reference.run),
     ),
 )

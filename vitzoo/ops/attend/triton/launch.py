@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitzoo.ops._triton.host import architecture, common_unit, inside_int32, on_device, power, precision
+from vitzoo.ops._triton.host import (
+    architecture,
+    common_strides,
+    common_unit,
+    on_device,
+    power,
+    precision,
+    readable,
+    split,
+)
 from vitzoo.ops.attend.triton import flash
 from vitzoo.ops.merge import merge_lse
 
-ENOUGH_PROGRAMS = 512
-"""Programs that fill a large GPU a few times over; with fewer, partners are split."""
 LEAST_CHUNK = 256
 """Partners that are worth a part of their own."""
 
@@ -55,14 +62,6 @@ def choose_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: in
     return Tiles(partner, own, warps, stages) if name == "dkv" else Tiles(own, partner, warps, stages)
 
 
-def split(programs: int, partners: int, tile: int) -> tuple[int, int]:
-    """(parts, partners in each) so that there are programs enough; a chunk is a whole number of tiles."""
-    parts = max(1, min(ENOUGH_PROGRAMS // max(programs, 1), partners // LEAST_CHUNK))
-    chunk = -(-partners // parts)
-    chunk = -(-chunk // tile) * tile
-    return -(-partners // chunk) if partners else 1, max(chunk, tile)
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +70,7 @@ def forward(
     S = k.shape[1]
     tiles = choose_tiles("forward", L, S, D, q.dtype, architecture(q))
     count = -(-L // tiles.BQ)
-    parts, chunk = split(B * N * count, S, tiles.BK)
+    parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
     out = torch.empty((parts, B, L, N, D), dtype=q.dtype if parts == 1 else torch.float32, device=q.device)
     lse = torch.empty((parts, B, L, N), dtype=torch.float32, device=q.device)
     if q.numel():
@@ -108,8 +107,7 @@ def backward(
     if not q.numel() or not S:
         like = (None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=q.device) for t in (bias, key_bias))
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), *like
-    grad = torch.zeros_like(out) if grad_out is None else grad_out
-    grad = grad if grad.stride(-1) == 1 and inside_int32(grad) else grad.contiguous()
+    grad = readable(grad_out, out)
     dlse = None if grad_lse is None else grad_lse.float().contiguous()
     sizes = _sizes(key_bias)
     delta = torch.empty_like(lse)
@@ -123,7 +121,7 @@ def backward(
     with on_device(q):
         tiles = choose_tiles("dq", L, S, D, q.dtype, arch)
         count = -(-L // tiles.BQ)
-        parts, chunk = split(B * N * count, S, tiles.BK)
+        parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
         dq = empty(parts, L)
         flash.flash_dq[(N * count * parts * B,)](
             q, k, v, bias, sizes, out, lse, grad, dlse, delta, dq, **_shared(scale, q, k, v, bias, key_bias, tiles, grad),
@@ -131,7 +129,7 @@ def backward(
         )  # fmt: skip
         tiles = choose_tiles("dkv", L, S, D, q.dtype, arch)
         count = -(-S // tiles.BK)
-        parts, chunk = split(B * N * count, L, tiles.BQ)
+        parts, chunk = split(B * N * count, L, tiles.BQ, LEAST_CHUNK)
         dk, dv = empty(parts, S), empty(parts, S)
         dkey = None if key_bias is None else torch.empty((parts, B, S, N), dtype=torch.float32, device=q.device)
         flash.flash_dkv[(N * count * parts * B,)](
@@ -189,8 +187,7 @@ def _shared(
     values: dict[str, Any] = {"scale": scale, "heads": q.shape[2], "L": q.shape[1], "S": k.shape[1], "D": q.shape[3]}
     values |= {"BLOCK_D": max(16, power(q.shape[3])), "UNIT": unit, "PRECISION": precision(q.dtype)}
     values |= {"BQ": tiles.BQ, "BK": tiles.BK, "num_warps": tiles.warps, "num_stages": tiles.stages}
-    for name, tensor in tensors.items():
-        values |= {f"{name}_{axis}": tensor.stride(dim) // unit for dim, axis in enumerate("bln")}
+    values |= common_strides(unit, "bln", **tensors)
     steps = (0, 0, 0, 0)
     if bias is not None:
         four = bias[(None,) * (4 - bias.ndim)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitzoo.ops._triton.host import common_unit, inside_int32, on_device, power, precision
+from vitzoo.ops._triton.host import common_strides, common_unit, on_device, power, precision, readable
 from vitzoo.ops.attend2d.triton import _spans, choose, partition, walk
 from vitzoo.ops.attend2d.triton.choose import Problem, Tiles
 from vitzoo.patterns import Pattern
@@ -27,7 +27,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | No
         "scale": scale,
         "UNIT": unit,
         "PRECISION": precision(p.dtype),
-        **strides(unit, q=q, k=k, v=v),
+        **common_strides(unit, "byxn", q=q, k=k, v=v),
         **choose.geometry(p),
     }
     with on_device(q):
@@ -66,8 +66,7 @@ def backward(
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     dbias = torch.zeros(bias.shape, dtype=torch.float32, device=q.device) if bias is not None else None
     if q.numel():
-        grad = torch.zeros_like(out) if grad_out is None else grad_out
-        grad = grad if grad.stride(-1) == 1 and inside_int32(grad) else grad.contiguous()
+        grad = readable(grad_out, out)
         dlse = None if grad_lse is None else grad_lse.float().contiguous()
         bias = None if bias is None else bias.contiguous()
         run = _partition_backward if choose.partitions_backward(p) else _walk_backward
@@ -86,7 +85,7 @@ def _partition_backward(p, q, k, v, bias, scale, out, lse, grad, dlse, dq, dk, d
     partials = None if dbias is None else q.new_empty((programs, p.N, EY, EX), dtype=torch.float32)
     partition.partition_backward[(p.N * programs,)](
         q, k, v, bias, lse, grad, dlse, dq, dk, dv, partials, scale, UNIT=unit, PRECISION=precision(p.dtype),
-        **strides(unit, q=q, k=k, v=v, g=grad), **choose.geometry(p), **plan, tiles=count, RUN=run, EY=EY, EX=EX,
+        **common_strides(unit, "byxn", q=q, k=k, v=v, g=grad), **choose.geometry(p), **plan, tiles=count, RUN=run, EY=EY, EX=EX,
     )  # fmt: skip
     if dbias is not None:
         sum_into(partials, dbias, *blocks[0])
@@ -95,7 +94,7 @@ def _partition_backward(p, q, k, v, bias, scale, out, lse, grad, dlse, dq, dk, d
 def _walk_backward(p, q, k, v, bias, scale, out, lse, grad, dlse, dq, dk, dv, dbias) -> None:
     unit = common_unit(q, k, v, grad)
     shared = {"scale": scale, "UNIT": unit, "PRECISION": precision(p.dtype)}
-    shared |= strides(unit, q=q, k=k, v=v, g=grad) | choose.geometry(p)
+    shared |= common_strides(unit, "byxn", q=q, k=k, v=v, g=grad) | choose.geometry(p)
     delta = torch.empty_like(lse)
     tiles, key_tiles = choose.walk_tiles(p, "dq" if dbias is None else "dq_dbias"), choose.walk_tiles(p, "dkv")
     table, wide = wide_table(p, bias, tiles, key_tiles)
@@ -149,8 +148,3 @@ def sum_into(partials: Tensor, dbias: Tensor, y: int, x: int) -> None:
         _spans.sum_partials[(groups * columns,)](partials, fewer, programs, group, *dims, FINAL=0)
         partials, programs = fewer, groups
     _spans.sum_partials[(columns,)](partials, dbias, programs, programs, *dims, FINAL=1)
-
-
-def strides(unit: int, **tensors: Tensor) -> dict[str, int]:
-    """`q_b, q_y, q_x, q_n, ...` in units of `unit` elements."""
-    return {f"{name}_{axis}": tensor.stride(dim) // unit for name, tensor in tensors.items() for dim, axis in enumerate("byxn")}

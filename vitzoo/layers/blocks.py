@@ -89,8 +89,17 @@ class Block(nn.Module):
 
         The mixer's output belongs to this block, so it becomes the residual stream; ``x`` is never written.
         """
-        y = self.norm1(self.attn(x, *grid)) if self.post_norm else self.attn(self.norm1(x), *grid)
-        return self._feed_in_place(self.ls1(y).add_(x))
+        y = self.attn(x, *grid) if self.post_norm else self.attn(self.norm1(x), *grid)
+        return self._feed_in_place(self._join_in_place(x, y))
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """The first half's residual alone: ``x`` and the mixer's output ``y``, the caller's own, which may be written to."""
+        if self._may_work_in_place(x):
+            return self._join_in_place(x, y)
+        return x + self.drop_path1(self.ls1(self.norm1(y) if self.post_norm else y))
+
+    def _join_in_place(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.ls1(self.norm1(y) if self.post_norm else y).add_(x)
 
     def feed(self, y: Tensor) -> Tensor:
         """The second half of the block alone, the MLP and its residual; ``y`` is the caller's own and may be written to."""

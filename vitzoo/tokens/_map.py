@@ -10,19 +10,29 @@ from torch import Tensor
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[b, index[b, i]]`` for tokens ``[B, N, ...]`` and ``[B, M]``: whole rows, copied as such (a CPU likes that)."""
-    batch, length = x.shape[:2]
-    start = torch.arange(batch, device=x.device)[:, None] * length
-    flat = x.reshape(batch * length, *x.shape[2:]).index_select(0, (index + start).reshape(-1))
-    return flat.view(batch, index.shape[1], *x.shape[2:])
+    if _single(x):
+        return x[0].index_select(0, index[0])[None]
+    flat = x.reshape(-1, *x.shape[2:]).index_select(0, _flat(index, x.shape[1]))
+    return flat.view(*index.shape, *x.shape[2:])
 
 
 def add_rows(y: Tensor, index: Tensor, x: Tensor) -> Tensor:
     """``y[b, index[b, i]] += x[b, i]``, repeated indices included; ``y`` is written and returned."""
-    batch, length = y.shape[:2]
-    start = torch.arange(batch, device=y.device)[:, None] * length
-    flat = y.view(batch * length, *y.shape[2:])
-    flat.index_add_(0, (index + start).reshape(-1), x.reshape(batch * index.shape[1], *x.shape[2:]))
+    if _single(y):
+        y[0].index_add_(0, index[0], x[0])
+    else:
+        y.view(-1, *y.shape[2:]).index_add_(0, _flat(index, y.shape[1]), x.reshape(-1, *x.shape[2:]))
     return y
+
+
+def _single(x: Tensor) -> bool:
+    """One image, in eager mode: its indices need no offsets, and each operation less counts in its latency."""
+    return not torch.compiler.is_compiling() and x.shape[0] == 1
+
+
+def _flat(index: Tensor, length: int) -> Tensor:
+    """Indices into images of ``length`` tokens as indices into all of them, one after the other: ``[B * M]``."""
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).view(-1)
 
 
 class TokenMap(NamedTuple):
@@ -83,22 +93,28 @@ class TokenMap(NamedTuple):
         """Old patches in each new token: ``[B, N]`` to ``[B, M]``."""
         return self.merge(size)
 
-    def average(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    def average(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Means weighted by size.
 
         Args:
             x: ``[B, N, C]``.
-            size: ``[B, N]``.
+            size: ``[B, N]``; None: all are 1.
 
         Returns:
-            ``[B, M, C]`` and the new sizes ``[B, M]``. A token that nothing moved into keeps its bits.
+            ``[B, M, C]`` and the new sizes ``[B, M]``, fp32 where there were none. A token that nothing moved into keeps its
+            bits.
         """
-        old, moving = size.gather(1, self.kept), size.gather(1, self.moved)
+        if size is None:
+            moving = torch.ones_like(self.into, dtype=torch.float32)
+            old = moving.new_ones(self.kept.shape)
+        else:
+            old, moving = size.gather(1, self.kept), size.gather(1, self.moved)
         new = old.scatter_add(1, self.into, moving)
-        share = (moving / new.gather(1, self.into))[..., None].to(x.dtype)
-        # in place: a second tensor of this size would be mapped and page-faulted anew in every block
-        y = rows(x, self.kept).mul_((old / new)[..., None])
-        return add_rows(y, self.into, rows(x, self.moved).mul_(share)), new
+        share = (moving / new.gather(1, self.into)).to(x.dtype)
+        y = rows(x, self.kept)
+        # the few hosts go towards what joins them, so that the many others are copied and no more
+        towards = (rows(x, self.moved) - rows(y, self.into)) * share[..., None]
+        return add_rows(y, self.into, towards), new
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Give every old token the value of what stands for it: ``[B, M, ...]`` to ``[B, N, ...]``; zeros for dropped ones."""

@@ -113,8 +113,13 @@ class Parts:
         return attn.proj_drop(attn.proj(out))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """The residual stream after attention: scale, drop path and, in a post-norm block, norm."""
+        """The residual stream after attention: scale, drop path and, in a post-norm block, norm.
+
+        ``y`` is what ``output`` gave, the caller's own, and may be written to.
+        """
         block = self.block
+        if self.ours:
+            return block.join(x, y)
         if self.post_norm:
             y = block.norm1(y)
         if getattr(block, "ls1", None) is not None:

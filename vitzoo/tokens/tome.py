@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitzoo.tokens._map import TokenMap, complement, rows
+from vitzoo.tokens._map import TokenMap
 from vitzoo.tokens._parts import QKV, softmax_attend
 from vitzoo.tokens._schedule import merge_schedule
 from vitzoo.tokens._wrap import Method, State, Step, log_size, register
@@ -41,18 +41,14 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int = 1) -> TokenMap | No
         return None
     m = metric / metric.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
     first, second = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first tokens of both sets that may merge
-    scores = m[:, first::2] @ m[:, second::2].transpose(1, 2)
-    best = scores.amax(dim=-1)
-    if prefix:
-        moved = best.topk(r, dim=-1).indices
-        stay = complement(moved, best.shape[1])
-    else:
-        order = best.argsort(dim=-1, descending=True)
-        moved, stay = order[:, :r], order[:, r:]
-    into = rows(scores, moved).argmax(dim=-1)  # of the r alone: finding where a maximum is costs ten times the maximum
-    batch, places = metric.shape[0], torch.arange(length, device=metric.device)
-    kept = torch.cat([places[:prefix].expand(batch, -1), first + 2 * stay, places[second::2].expand(batch, -1)], dim=1)
-    return TokenMap(kept, first + 2 * moved, prefix + stay.shape[1] + into, length)
+    best, host = torch.bmm(m[:, first::2], m[:, second::2].transpose(1, 2)).max(dim=-1)
+    order = best.argsort(dim=-1, descending=True)
+    places = torch.arange(length, device=metric.device).expand(metric.shape[0], -1)
+    ranked = places[:, first::2].gather(1, order)
+    stay = ranked[:, r:].sort(dim=-1).values if prefix else ranked[:, r:]
+    into = host.gather(1, order[:, :r]) + (prefix + stay.shape[1])
+    kept = torch.cat([places[:, :prefix], stay, places[:, second::2]], dim=1)
+    return TokenMap(kept, ranked[:, :r], into, length)
 
 
 @torch.no_grad()
@@ -128,6 +124,5 @@ class ToMe(Method):
         tokens = bipartite_matching(qkv.k.mean(dim=2), self.schedule[step.layer], self.prefix)
         if tokens is None:
             return state
-        size = state.x.new_ones(state.x.shape[:2], dtype=torch.float32) if state.size is None else state.size
-        x, size = tokens.average(state.x, size)
+        x, size = tokens.average(state.x, state.size)
         return state.advance(tokens, x, follow=self.follow, size=size)

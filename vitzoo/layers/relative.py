@@ -10,14 +10,13 @@ The layers here take over the parts of a timm layer, names and all, so that its 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
+from vitzoo.layers.exchange import takes_the_place_of
 from vitzoo.ops import attend
 
 
@@ -72,6 +71,7 @@ def pooled(x: Tensor, pool: nn.Module) -> Tensor:
     return x if isinstance(pool, nn.Identity) else F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
+@takes_the_place_of(HaloAttn)
 class HaloAttention(nn.Module):
     """Every block of b x b tokens attends to itself and h tokens around it. Vaswani et al. 2021, arXiv:2103.12731.
 
@@ -110,6 +110,7 @@ class HaloAttention(nn.Module):
         return pooled(out, self.pool)
 
 
+@takes_the_place_of(BottleneckAttn)
 class BottleneckAttention(nn.Module):
     """Every token attends to every other one. Srinivas et al. 2021, arXiv:2101.11605.
 
@@ -144,21 +145,3 @@ def resized(table: Tensor, size: int) -> Tensor:
     if table.shape[0] == size:
         return table
     return F.interpolate(table.T[None], size=size, mode="linear", align_corners=True)[0].T
-
-
-def with_our_attention(model: Any) -> Any:
-    """A timm model whose halo and bottleneck attention runs through our ops: equal outputs, any image size.
-
-    Args:
-        model: any module; its ``HaloAttn`` and ``BottleneckAttn`` layers are exchanged in place, their parameters kept under
-            their names. Subclasses of them are left alone.
-
-    Returns:
-        The model.
-    """
-    ours = {HaloAttn: HaloAttention, BottleneckAttn: BottleneckAttention}
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) in ours:
-                setattr(parent, name, ours[type(child)](child))
-    return model

@@ -13,7 +13,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
 from tests.golden.harness import GIVEN, MODELS, OPS, Golden, Pair, judge
-from vitzoo.layers.relative import with_our_attention
+from vitzoo.layers import with_our_attention
 
 LAYERS: dict[str, type[nn.Module]] = {"HaloAttn": HaloAttn, "BottleneckAttn": BottleneckAttn, "LambdaLayer": LambdaLayer}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitzoo import models
 from vitzoo.models import ModelInfo, list_families, list_mixers, list_models, model_info
+from vitzoo.models._registry import checkpoints_of, list_pretrained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,13 +24,13 @@ except PackageNotFoundError:  # imported from a checkout that was never installe
 
 
 def create_model(
-    model_name: str, pretrained: bool = False, *, token_reduction: str | dict[str, Any] | None = None, **kwargs: Any
+    model_name: str, pretrained: bool | str = False, *, token_reduction: str | dict[str, Any] | None = None, **kwargs: Any
 ) -> nn.Module:
     """Build a model by name: ours where we have the name, else timm's.
 
     Args:
         model_name: a name, optionally with a tag (``"swin_tiny_patch4_window7_224.ms_in22k"``).
-        pretrained: load the published weights.
+        pretrained: load the published weights; a string names their tag.
         token_reduction: a method of ``vitzoo.tokens``, put into the model after its weights: its name, whose options are then
             keywords (``token_reduction="tome", r=13``), or a dict with the name and the options.
         **kwargs: see ``vitzoo.models.create_model``.
@@ -56,4 +57,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"vitzoo has no attribute '{name}'.")
 
 
-__all__ = ["ModelInfo", "__version__", "create_model", "list_families", "list_mixers", "list_models", "model_info"]
+__all__ = [
+    "ModelInfo",
+    "__version__",
+    "checkpoints_of",
+    "create_model",
+    "list_families",
+    "list_mixers",
+    "list_models",
+    "list_pretrained",
+    "model_info",
+]

@@ -11,9 +11,9 @@ import dataclasses
 import difflib
 import fnmatch
 import heapq
+import logging
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from vitzoo import checkpoints
+from vitzoo import checkpoints, weights
 from vitzoo.layers import with_our_attention
 from vitzoo.models._contract import Backbone, configure, pair
 from vitzoo.models._cost import count_gmacs
+from vitzoo.weights import Checkpoint
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def register_family(
     """
     family = module.rsplit(".", 1)[-1]
     owner = sys.modules[module]
-    published = _manifest(family)
+    published = weights.manifest(family)
     cfgs: dict[str, Any] = {}
     names: dict[str, str] = {}
     # what timm says of its class, not of the weights; ours takes every size
@@ -96,6 +94,10 @@ def register_family(
             cfgs[names[name] + suffix] = {**cfgs.get(names[name] + suffix, base), **_checkpoint_config(row)}
         if not any(key.split(".")[0] == names[name] for key in cfgs):
             cfgs[names[name]] = base
+        elif all(row.file for row in tagged.values()) and tagged:
+            cfgs[names[name] + ".*"] = (
+                base  # the default: what we train on small pictures does not say how many classes there are
+            )
     known_cfgs = getattr(owner, "default_cfgs", {})  # timm looks it up in the module
     owner.default_cfgs = {**known_cfgs, **generate_default_cfgs(cfgs)}  # type: ignore[attr-defined]
     keywords: dict[str, Any] = {"first_conv": first_conv, "patch_first_conv": patch_first_conv, "classifier": classifier}
@@ -136,8 +138,13 @@ def derive_family(
 
 
 def _entry_point(entry: Entry, out_indices: Any, module: str) -> Any:
-    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
+    def build(pretrained: bool = False, accept_license: bool = False, **kwargs: Any) -> nn.Module:
+        state, cfg = None, kwargs.get("pretrained_cfg")
+        if pretrained and (cfg is None or isinstance(cfg, str)):
+            row = _checkpoint_of(entry, cfg or "")
+            state = checkpoints.read(_fetched(row, accept_license))
+            kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": state}
+        model = build_model_with_cfg(
             entry.cls,
             entry.timm_name,
             pretrained,
@@ -146,6 +153,9 @@ def _entry_point(entry: Entry, out_indices: Any, module: str) -> Any:
             pretrained_filter_fn=checkpoints.convert,
             **kwargs,
         )
+        if state is not None:
+            model.pretrained_cfg.pop("state_dict", None)
+        return model
 
     build.__name__ = build.__qualname__ = entry.timm_name
     build.__module__ = module
@@ -169,24 +179,19 @@ def _data_config(cfg: Any) -> dict[str, Any]:
     }
 
 
-def _checkpoint_config(row: Mapping[str, Any]) -> dict[str, Any]:
+def _checkpoint_config(row: Checkpoint) -> dict[str, Any]:
     """The part of a manifest's row that timm's config has a place for."""
-    config: dict[str, Any] = {"url": row["url"], "license": row["license"], "origin_url": f"https://github.com/{row['source']}"}
-    if "num_classes" in row:
-        config["num_classes"] = row["num_classes"]
-    return config
-
-
-@cache
-def _manifest(family: str) -> dict[str, dict[str, Any]]:
-    """Rows of ``weights/<family>.toml`` by name (with tag); empty where a family has none."""
-    here = Path(__file__).resolve().parent.parent
-    for folder in (here / "weights", here.parent / "weights"):  # installed; in a checkout
-        path = folder / f"{family}.toml"
-        if path.is_file():
-            with path.open("rb") as file:
-                return {row["name"]: row for row in tomllib.load(file)["checkpoint"]}
-    return {}
+    config: dict[str, Any] = {
+        "url": row.url,
+        "license": row.license,
+        "origin_url": f"https://github.com/{row.source}" if row.source else None,
+        "num_classes": row.num_classes,
+        "input_size": (3, row.img_size, row.img_size),
+    }
+    known = {key: getattr(row, key) for key in ("crop_pct", "crop_mode", "interpolation", "mean", "std")}
+    if row.file:
+        config |= {"file": str(weights.folder() / row.file), "label_names": row.classes or None}
+    return config | {key: value for key, value in known.items() if value is not None}
 
 
 def entry_of(name: str) -> Entry | None:
@@ -195,14 +200,16 @@ def entry_of(name: str) -> Entry | None:
     return _ENTRIES.get(bare) or _ENTRIES.get(bare.removeprefix("vz_"))
 
 
-def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(model_name: str, pretrained: bool | str = False, *, accept_license: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model by name, as ``timm.create_model`` does: ours where we have the name, else timm's.
 
     Args:
         model_name: a name, optionally with a tag (``"swin_tiny_patch4_window7_224.ms_in22k"``).
-        pretrained: load the published weights.
+        pretrained: load the published weights; a string names the tag.
+        accept_license: for weights whose licence forbids commercial use: it has been read and is agreed to.
         **kwargs: what timm's ``create_model`` takes (``features_only``, ``out_indices``, ``checkpoint_path``, ...) and
-            any field of the family's config: ``num_classes``, ``in_chans``, ``drop_path_rate``, ``depths``, ...
+            any field of the family's config: ``num_classes``, ``in_chans``, ``drop_path_rate``, ``depths``, ... Weights are
+            made to fit other classes, channels, image and window sizes, and what was changed is logged.
 
     Returns:
         The model; with ``features_only=True`` a module that returns NCHW maps at the strides of ``feature_info``. timm's
@@ -210,26 +217,29 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
     Raises:
         ValueError: an unknown name (with the nearest known ones), a tag that the model does not have, weights that do
-            not fit.
+            not fit or cannot be fetched, a licence that was not accepted.
         TypeError: a keyword that the family's config does not have (with the nearest known one).
     """
+    if isinstance(pretrained, str):
+        model_name, pretrained = f"{model_name.split('.', 1)[0]}.{pretrained}", True
     entry = entry_of(model_name)
     if entry is None:
         if ":" not in model_name and not timm.is_model(model_name.split(".", 1)[0]):  # "hf-hub:..." is timm's to resolve
             raise ValueError(unknown_name(model_name))
+        cfg = timm.get_pretrained_cfg(model_name) if pretrained and ":" not in model_name else None
+        if cfg is not None:
+            _agreed(Checkpoint(model_name, cfg.origin_url or "", cfg.license or "none stated", 0), accept_license)
         return with_our_attention(timm.create_model(model_name, pretrained=pretrained, **kwargs))
     tag = model_name.split(".", 1)[1] if "." in model_name else ""
-    tags = [name.split(".", 1)[1] for name in pretrained_tags(entry) if "." in name]
-    if tag and tag not in tags:
-        raise ValueError(f"{entry.name} has no weights tagged '{tag}'. It has: {', '.join(tags) or 'no tags'}.")
-    if pretrained and not pretrained_tags(entry):
-        raise ValueError(
-            f"No published weights are known for {entry.name}. Use pretrained=False, or checkpoint_path= for a file of yours."
-        )
+    row = _checkpoint_of(entry, tag) if tag or pretrained else None
     path = kwargs.pop("checkpoint_path", None)
+    if path is None and pretrained and row is not None:
+        path = _fetched(row, accept_license)
+    if row is not None and row.name != entry.name:
+        tag = row.name.split(".", 1)[1]
     full = entry.timm_name + (f".{tag}" if tag else "")
     if path is None:
-        return timm.create_model(full, pretrained=pretrained, **kwargs)
+        return timm.create_model(full, **kwargs)
     if kwargs.pop("features_only", False):
         features = {k: kwargs.pop(k) for k in ("out_indices", "feature_cls") if k in kwargs}
         state = checkpoints.load(timm.create_model(full, **{**kwargs, "num_classes": 0}), path).state_dict()
@@ -238,6 +248,75 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         model.model.load_state_dict({k: state[k] for k in wanted})
         return model
     return checkpoints.load(timm.create_model(full, **kwargs), path)
+
+
+def _checkpoint_of(entry: Entry, tag: str) -> Checkpoint:
+    """The published checkpoint of a tag; without one the model's first."""
+    rows = checkpoints_of(entry.name)
+    if not rows and not tag:
+        raise ValueError(
+            f"No published weights are known for {entry.name}. Use pretrained=False, or checkpoint_path= for a file of yours."
+        )
+    if not tag:
+        return next(iter(rows.values()))
+    if f"{entry.name}.{tag}" not in rows:
+        tags = [name.split(".", 1)[1] for name in rows if "." in name]
+        raise ValueError(f"{entry.name} has no weights tagged '{tag}'. It has: {', '.join(tags) or 'no tags'}.")
+    return rows[f"{entry.name}.{tag}"]
+
+
+def _agreed(row: Checkpoint, accept_license: bool) -> None:
+    """Stops where a licence forbids commercial use and nobody has agreed to it."""
+    if row.noncommercial and not accept_license:
+        source = row.source if "://" in row.source else f"https://github.com/{row.source}"
+        raise ValueError(
+            f"The weights of {row.name} are under {row.license}, which forbids commercial use. Read it at {source}, "
+            "then pass accept_license=True (on the command line --accept-license)."
+        )
+
+
+def _fetched(row: Checkpoint, accept_license: bool) -> Path:
+    _agreed(row, accept_license)
+    if row.license.startswith("none"):
+        _log.warning("%s: its authors (%s) state no licence for these weights", row.name, row.source)
+    return weights.fetch(row, check=checkpoints.read)
+
+
+def checkpoints_of(name: str) -> dict[str, Checkpoint]:
+    """The published checkpoints of a model of ours, the default first.
+
+    Args:
+        name: of the model, without a tag.
+
+    Returns:
+        By name with tag: the rows of the manifest, and what timm has published for a shared architecture.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known ones).
+    """
+    entry = entry_of(name)
+    if entry is None:
+        raise ValueError(unknown_name(name))
+    manifest = weights.manifest(entry.family)
+    found: dict[str, Checkpoint] = {}
+    for theirs, cfg in timm.models.get_arch_pretrained_cfgs(entry.timm_name).items():
+        full = entry.name + theirs.removeprefix(entry.timm_name)
+        if full in manifest:
+            found[full] = manifest[full]
+        elif cfg.has_weights:
+            found[full] = Checkpoint(
+                name=full,
+                source=cfg.origin_url or "huggingface/pytorch-image-models",
+                license=cfg.license or "none stated",
+                img_size=cfg.input_size[-1],
+                hf_hub_id=cfg.hf_hub_id,
+                num_classes=cfg.num_classes,
+                crop_pct=cfg.crop_pct,
+                interpolation=cfg.interpolation,
+                mean=cfg.mean,
+                std=cfg.std,
+            )
+    return found
 
 
 def unknown_name(name: str) -> str:
@@ -256,13 +335,6 @@ def _nearest(name: str, known: Sequence[str]) -> list[str]:
         return max(whole, begin)
 
     return [n for n in heapq.nlargest(3, known, key=likeness) if likeness(n) >= 0.7]
-
-
-def pretrained_tags(entry: Entry) -> list[str]:
-    """Names, with tags, under which published weights of a model are known."""
-    cfgs = timm.models.get_arch_pretrained_cfgs(entry.timm_name)
-    ours = {name.removeprefix("vz_") if entry.timm_name != entry.name else name: cfg for name, cfg in cfgs.items()}
-    return [name for name, cfg in ours.items() if cfg.has_weights]
 
 
 def list_models(
@@ -291,13 +363,25 @@ def list_models(
         if name not in list_families():
             raise ValueError(f"There is no family '{name}'. Families: {', '.join(list_families())}.")
     entries = [e for e in _ENTRIES.values() if not wanted or e.family in wanted]
-    names = [n for e in entries for n in (pretrained_tags(e) if pretrained else [e.name])]
+    names = [n for e in entries for n in (checkpoints_of(e.name) if pretrained else [e.name])]
     return sorted(
         name
         for name in names
         if (not filters or any(fnmatch.fnmatchcase(name, f) for f in filters))
         and not any(fnmatch.fnmatchcase(name, f) for f in excluded)
     )
+
+
+def list_pretrained(filter: str | Sequence[str] = "") -> list[str]:  # noqa: A002  # timm's name for it
+    """Names, with tags, that ``create_model(name, pretrained=True)`` has weights for; ``list_models(pretrained=True)``.
+
+    Args:
+        filter: wildcards, one or several.
+
+    Returns:
+        Names, sorted.
+    """
+    return list_models(filter, pretrained=True)
 
 
 def list_families() -> list[str]:
@@ -367,7 +451,7 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
     cfg = configure(entry.cfg, {"num_classes": default.num_classes, **overrides})
     with torch.device("meta"):
         model = entry.cls(cfg)
-    rows = {n: row for n, row in _manifest(entry.family).items() if n.split(".")[0] == entry.name}
+    rows = checkpoints_of(entry.name)
     infos = model.feature_info
     return ModelInfo(
         name=entry.name,
@@ -377,8 +461,8 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
         img_size=pair(cfg.img_size or 224),
         channels=tuple(info["num_chs"] for info in infos),
         strides=tuple(info["reduction"] for info in infos),
-        pretrained=tuple(pretrained_tags(entry)),
-        top1={n: row["top1"] for n, row in rows.items() if "top1" in row},
-        published_gmacs=next((row["gmacs"] for row in rows.values() if "gmacs" in row), None),
+        pretrained=tuple(rows),
+        top1={n: row.top1 for n, row in rows.items() if row.top1 is not None and row.file is None},
+        published_gmacs=next((row.gmacs for row in rows.values() if row.gmacs is not None), None),
         config=cfg,
     )

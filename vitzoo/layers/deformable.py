@@ -15,9 +15,9 @@ from vitzoo.layers.conv import DepthwiseConv
 from vitzoo.layers.linear import Linear
 from vitzoo.layers.maps import pad_map
 from vitzoo.layers.mixers import Slot, register_mixer
-from vitzoo.ops import attend, sample2d
+from vitzoo.ops import PointBias, attend, sample2d
 
-for _name in ("attend", "fixed_bias", "log_displacements", "pad_map", "place_points", "sample2d", "table_bias"):
+for _name in ("attend", "fixed_bias", "log_displacements", "pad_map", "place_points", "point_bias", "sample2d"):
     torch.fx.wrap(_name)
 
 BIASES = ("table", "mlp", "fixed", "conv", "none")
@@ -92,7 +92,7 @@ def all_pairs(rows: Tensor, cols: Tensor, first: str) -> Tensor:
 # -- biases ---------------------------------------------------------------------------------------------------------
 
 
-def table_bias(table: Tensor, x: Tensor, points: Tensor, version: int) -> Tensor:
+def point_bias(table: Tensor, x: Tensor, points: Tensor, version: int) -> PointBias:
     """The bias of every query and sample, read bilinearly from a relative position table; zeros beyond it.
 
     A table for a map of Hq x Wq has an entry for every difference of two of its tokens. Differences are taken in units of
@@ -105,15 +105,15 @@ def table_bias(table: Tensor, x: Tensor, points: Tensor, version: int) -> Tensor
         version: 1 or 2, see ``DeformableAttention``.
 
     Returns:
-        ``[B, N, H * W, Hk * Wk]`` in the dtype of ``points``; differentiable in ``table`` and ``points``.
+        What ``attend`` takes as its bias; differentiable in ``table`` and ``points``.
     """
-    B, G = points.shape[0], points.shape[3]
-    rows, cols = displacements(x, points, version)
-    grid = all_pairs(rows / 2, cols / 2, first="column")
-    # turned rather than the grid negated: a point exactly on an entry gets its gradient from the published side
-    tables = table.to(points.dtype).flip(1, 2).unflatten(0, (G, table.shape[0] // G)).expand(B, -1, -1, -1, -1)
-    bias = F.grid_sample(tables.flatten(0, 1), grid.flatten(0, 1), mode="bilinear", padding_mode="zeros", align_corners=True)
-    return bias.unflatten(0, (B, G)).flatten(1, 2)
+    rows, cols = (query_axis(n, version, points) for n in (x.shape[1], x.shape[2]))
+    return PointBias(table, points.flatten(1, 2), rows, cols)
+
+
+def table_bias(table: Tensor, x: Tensor, points: Tensor, version: int) -> Tensor:
+    """``point_bias`` for all pairs: ``[B, N, H * W, Hk * Wk]`` in the dtype of ``points``."""
+    return point_bias(table, x, points, version).dense()
 
 
 def log_displacements(x: Tensor, points: Tensor, version: int) -> Tensor:
@@ -314,10 +314,10 @@ class DeformableAttention(nn.Module):
         still = torch.zeros_like(self.pool(x)[..., : 2 * self.groups]).unflatten(-1, (self.groups, 2))
         return place_points(still, self.offset_range, self.version)
 
-    def bias(self, x: Tensor, points: Tensor) -> Tensor | None:
+    def bias(self, x: Tensor, points: Tensor) -> Tensor | PointBias | None:
         """What is added to the scores of the map's tokens ``x`` and the samples at ``points``: ``[B or 1, N, H * W, S]``."""
         if self.kind == "table":
-            return table_bias(self.rel_bias, x, points, self.version)
+            return point_bias(self.rel_bias, x, points, self.version)
         if self.kind == "fixed":
             return fixed_bias(self.pair_bias, x, points, self.sizes)
         if self.kind == "mlp":

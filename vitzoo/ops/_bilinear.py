@@ -1,10 +1,26 @@
-"""PyTorch's `grid_sample`, also where it has no deterministic gradient."""
+"""Bilinear reading: the weight of every entry, and PyTorch's `grid_sample`, also where it has no deterministic gradient.
+
+Points are in units in which -1 is the first of n entries and 1 the last.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def nearness(points: Tensor, n: int) -> Tensor:
+    """max(0, 1 - distance) of points `[...]` to each of `n` entries: `[..., n]`."""
+    position = (points + 1) / 2 * (n - 1)
+    return (1 - (position[..., None] - torch.arange(n, device=points.device)).abs()).clamp(min=0)
+
+
+def slope(points: Tensor, n: int) -> Tensor:
+    """The derivative of `nearness` by the points: of the two entries around, the first falls as fast as the second grows."""
+    position = (points + 1) / 2 * (n - 1)
+    before = position.floor()[..., None] - torch.arange(n, device=points.device)
+    return ((before == -1).to(points.dtype) - (before == 0).to(points.dtype)) * ((n - 1) / 2)
 
 
 def bilinear(pictures: Tensor, grid: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import autocast, check_tensors, default_scale
 from vitzoo.ops.attend import reference, sdpa, triton
+from vitzoo.ops.attend.point_bias import PointBias
 
 
 class AttendCall(NamedTuple):
@@ -17,7 +18,7 @@ class AttendCall(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None
+    bias: Tensor | PointBias | None
     key_bias: Tensor | None
     scale: float
     return_lse: bool
@@ -29,7 +30,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    bias: Tensor | None = ...,
+    bias: Tensor | PointBias | None = ...,
     key_bias: Tensor | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
@@ -41,7 +42,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    bias: Tensor | None = ...,
+    bias: Tensor | PointBias | None = ...,
     key_bias: Tensor | None = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
@@ -52,7 +53,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor | PointBias | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -66,7 +67,8 @@ def attend(
         q: `[B, L, N, D]` (batch, queries, heads, head dim); any strides with D contiguous.
         k: `[B, S, N, D]` (S keys) in the dtype of q. Under autocast all three are cast to its dtype.
         v: values, likewise.
-        bias: anything that broadcasts to `[B, N, L, S]`, of any floating dtype.
+        bias: anything that broadcasts to `[B, N, L, S]`, of any floating dtype; or a `PointBias`, a table that is read at the
+            points from which keys were sampled (no implementation in Triton holds it for all pairs).
         key_bias: `[B, S]`, added for all heads and queries: the logarithm of a merged token's size, or -inf to
             mask a key.
         scale: factor of q . k; D ** -0.5 unless given.
@@ -76,7 +78,8 @@ def attend(
     Returns:
         out `[B, L, N, D]` in the dtype of q, k, v; with `return_lse` also lse `[B, L, N]`, natural logarithm, fp32 (fp64 for
         fp64 inputs). A query without a key (S = 0, or all masked) gets zeros and a lse of -inf. Softmax and sums
-        accumulate in at least fp32 in the reference. Differentiable in q, k, v, bias and key_bias, through out and lse.
+        accumulate in at least fp32 in the reference. Differentiable in q, k, v, bias (a table and
+        its points, too) and key_bias, through out and lse.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the named implementation does not support the call (the message
@@ -99,7 +102,9 @@ def prepare(q, k, v, *, bias=None, key_bias=None, scale=None, return_lse=False) 
         raise ValueError(f"attend needs q, k, v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}.")
     B, L, N, _ = q.shape
     S = k.shape[1]
-    if bias is not None:
+    if isinstance(bias, PointBias):
+        bias.check(B, N, L, S, q.device)
+    elif bias is not None:
         padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)
         if bias.ndim > 4 or any(have != 1 and have != want for have, want in zip(padded, (B, N, L, S), strict=True)):
             raise ValueError(f"attend needs a bias that broadcasts to [{B}, {N}, {L}, {S}], got {list(bias.shape)}.")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._softmax import probabilities, safe_logsumexp
+from vitzoo.ops.attend.point_bias import PointBias
 
 
 def supports(call: object) -> str | None:
@@ -15,7 +16,8 @@ def supports(call: object) -> str | None:
 
 def run(call) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of an `AttendCall`."""
-    return attend(call.q, call.k, call.v, call.bias, call.key_bias, call.scale)
+    bias = call.bias.defined() if isinstance(call.bias, PointBias) else call.bias
+    return attend(call.q, call.k, call.v, bias, call.key_bias, call.scale)
 
 
 def attend(

@@ -1,5 +1,6 @@
 """The dispatcher's view of attend: `torch.ops.vitzoo.attend`, one opaque node in a captured graph.
 
+`attend_at_points` is the same with a `PointBias`, whose tensors travel one by one.
 Fused implementations call it and register a kernel for their device; the CPU kernels here are the definition in plain
 PyTorch, with the gradient written out.
 """
@@ -10,6 +11,7 @@ import torch
 
 from vitzoo.ops._softmax import probabilities
 from vitzoo.ops.attend import reference
+from vitzoo.ops.attend.point_bias import PointBias
 
 torch.library.define(
     "vitzoo::attend",
@@ -22,10 +24,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("vitzoo::attend", "cpu")
 def _forward(q, k, v, bias, key_bias, scale):
     out, lse = reference.attend(q, k, v, bias, key_bias, scale)
     return out.contiguous(), lse.contiguous()
+
+
+torch.library.impl("vitzoo::attend", "cpu")(_forward)  # the decorator would leave None in its place
 
 
 @torch.library.register_fake("vitzoo::attend")
@@ -33,7 +37,6 @@ def _forward_shapes(q, k, v, bias, key_bias, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.impl("vitzoo::attend_backward", "cpu")
 def _backward(dout, dlse, q, k, v, bias, key_bias, out, lse, scale):
     """With P the softmax: dS = P (dout v^T - sum(dout out) + dlse); a bias gets the sum of dS over what it was spread over."""
     scores = reference.biased_scores(q, k, bias, key_bias, scale)
@@ -50,6 +53,9 @@ def _backward(dout, dlse, q, k, v, bias, key_bias, out, lse, scale):
     dbias = nothing if bias is None else dscore.sum_to_size(bias.shape).to(bias.dtype, copy=True).contiguous()
     dkey_bias = nothing.clone() if key_bias is None else dscore.sum((1, 2)).to(key_bias.dtype)
     return *(d.to(q.dtype).contiguous() for d in (dq, dk, dv)), dbias, dkey_bias
+
+
+torch.library.impl("vitzoo::attend_backward", "cpu")(_backward)
 
 
 @torch.library.register_fake("vitzoo::attend_backward")
@@ -73,3 +79,57 @@ def _autograd(ctx, dout, dlse):
 
 
 torch.library.register_autograd("vitzoo::attend", _autograd, setup_context=_setup_context)
+
+
+# -- with a table read at points --------------------------------------------------------------------------------------
+
+torch.library.define(
+    "vitzoo::attend_at_points",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor points, Tensor rows, Tensor cols, Tensor? key_bias, float scale)"
+    " -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "vitzoo::attend_at_points_backward",
+    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor table, Tensor points, Tensor rows, Tensor cols, "
+    "Tensor? key_bias, Tensor out, Tensor lse, float scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, Tensor dpoints, Tensor dkey_bias)",
+)
+
+
+@torch.library.impl("vitzoo::attend_at_points", "cpu")
+def _forward_at_points(q, k, v, table, points, rows, cols, key_bias, scale):
+    return _forward(q, k, v, PointBias(table, points, rows, cols).defined(), key_bias, scale)
+
+
+@torch.library.register_fake("vitzoo::attend_at_points")
+def _forward_at_points_shapes(q, k, v, table, points, rows, cols, key_bias, scale):
+    return _forward_shapes(q, k, v, None, key_bias, scale)
+
+
+@torch.library.impl("vitzoo::attend_at_points_backward", "cpu")
+def _backward_at_points(dout, dlse, q, k, v, table, points, rows, cols, key_bias, out, lse, scale):
+    bias = PointBias(table, points, rows, cols)
+    dq, dk, dv, dbias, dkey_bias = _backward(dout, dlse, q, k, v, bias.defined(), key_bias, out, lse, scale)
+    return dq, dk, dv, *(d.contiguous() for d in bias.gradients(dbias)), dkey_bias
+
+
+@torch.library.register_fake("vitzoo::attend_at_points_backward")
+def _backward_at_points_shapes(dout, dlse, q, k, v, table, points, rows, cols, key_bias, out, lse, scale):
+    dq, dk, dv, _, dkey_bias = _backward_shapes(dout, dlse, q, k, v, None, key_bias, out, lse, scale)
+    return dq, dk, dv, table.new_empty(table.shape), points.new_empty(points.shape), dkey_bias
+
+
+def _setup_context_at_points(ctx, inputs, output):
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_at_points(ctx, dout, dlse):
+    *gradients, dkey_bias = torch.ops.vitzoo.attend_at_points_backward(dout, dlse, *ctx.saved_tensors, ctx.scale)
+    key_bias = ctx.saved_tensors[7]
+    return *gradients, None, None, None if key_bias is None else dkey_bias, None
+
+
+torch.library.register_autograd("vitzoo::attend_at_points", _autograd_at_points, setup_context=_setup_context_at_points)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._softmax import probabilities, safe_logsumexp
+from vitzoo.ops.attend.point_bias import PointBias
 
 
 def supports(call) -> str | None:
@@ -32,7 +33,7 @@ def run(call) -> tuple[Tensor, Tensor | None]:
 
 def _total_bias(call) -> Tensor | None:
     """bias and key_bias as one tensor with four dimensions that broadcasts to `[B, N, L, S]`."""
-    bias = call.bias
+    bias = call.bias.dense() if isinstance(call.bias, PointBias) else call.bias
     if bias is not None:
         bias = bias[(None,) * (4 - bias.ndim)]
     if call.key_bias is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitzoo.ops._bilinear import nearness
+
 
 def supports(call: object) -> str | None:
     """The reference takes every call."""
@@ -21,9 +23,3 @@ def sample(x: Tensor, points: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, cols = (nearness(points[..., axis].to(wide), x.shape[1 + axis]) for axis in (0, 1))
     return torch.einsum("bsgi,bsgj,bijgc->bsgc", rows, cols, x.to(wide)).to(x.dtype)
-
-
-def nearness(points: Tensor, n: int) -> Tensor:
-    """max(0, 1 - distance) of points `[...]` to each of `n` coordinates: `[..., n]`."""
-    position = (points + 1) / 2 * (n - 1)
-    return (1 - (position[..., None] - torch.arange(n, device=points.device)).abs()).clamp(min=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from vitzoo.ops._bilinear import nearness, slope
 from vitzoo.ops.sample2d import reference
 
 torch.library.define("vitzoo::sample2d", "(Tensor x, Tensor points) -> Tensor")
@@ -26,15 +27,9 @@ def _forward_shapes(x, points):
 
 @torch.library.impl("vitzoo::sample2d_backward", "cpu")
 def _backward(dout, x, points):
-    """Of the weights of the two entries around a position, the first falls as fast as the second grows."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    weights, slopes = [], []
-    for axis in (0, 1):
-        n = x.shape[1 + axis]
-        position = (points[..., axis].to(wide) + 1) / 2 * (n - 1)
-        before = position.floor()[..., None] - torch.arange(n, device=x.device)
-        weights.append(reference.nearness(points[..., axis].to(wide), n))
-        slopes.append(((before == -1).to(wide) - (before == 0).to(wide)) * ((n - 1) / 2))
+    positions = [(points[..., axis].to(wide), x.shape[1 + axis]) for axis in (0, 1)]
+    weights, slopes = ([of(p, n) for p, n in positions] for of in (nearness, slope))
     wide_x, wide_dout = x.to(wide), dout.to(wide)
     dx = torch.einsum("bsgi,bsgj,bsgc->bijgc", *weights, wide_dout)
     both = ((slopes[0], weights[1]), (weights[0], slopes[1]))

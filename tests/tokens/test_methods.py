@@ -91,7 +91,7 @@ def test_a_wrong_schedule_is_refused():
 @pytest.mark.parametrize("method", ["tome", "mstm"])
 def test_sizes_count_every_patch_once(method):
     model = reduced("ours, registers and layer scale", method)
-    with tokens._wrap._watching(model.token_reduction, range(4), 4) as watch, torch.no_grad():
+    with tokens._method.watching(model.token_reduction, range(4), 4) as watch, torch.no_grad():
         model(image())
     for i, state in watch.states.items():
         if state.size is not None:
@@ -172,7 +172,7 @@ def test_skipped_patches_come_back_where_they_were():
     plain = host("ours")
     assert tokens.reduce(plain, "skipvit", drop_layer=2, return_layer=2)(image()).equal(host("ours")(image()))
     x = image().requires_grad_()
-    with tokens._wrap._watching(model.token_reduction, range(4), 4) as watch:
+    with tokens._method.watching(model.token_reduction, range(4), 4) as watch:
         model(x)
     assert [watch.states[i].x.shape[1] for i in range(4)] == [65, 27, 27, 65]
     assert watch.states[3].source is None

@@ -13,7 +13,7 @@ from torch import nn
 import vitzoo
 from tests.tokens.conftest import HOSTS, TINY, host, image
 from vitzoo import tokens
-from vitzoo.tokens._wrap import METHODS, Method
+from vitzoo.tokens import METHODS, Method
 
 NEEDS_CLASS = {name for name, method in METHODS.items() if method.NEEDS_CLASS}
 WITHOUT_CLASS = ("ours, no prefix", "siglip")

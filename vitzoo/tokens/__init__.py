@@ -6,8 +6,10 @@ tokens in a file of its own, with its learned part, if any, as a small module.
 
 from vitzoo.tokens import ats, dynamicvit, evit, fastervlm, mstm, skipvit, spa, sparsifiner, tap, tome, tps
 from vitzoo.tokens._map import TokenMap
+from vitzoo.tokens._method import METHODS, Method
+from vitzoo.tokens._outputs import backbone_of, follow, is_reduced
 from vitzoo.tokens._schedule import KeepRate, merge_schedule
-from vitzoo.tokens._wrap import METHODS, Method, backbone_of, follow, is_reduced, options_of, reduce, restore
+from vitzoo.tokens._wrap import options_of, reduce, restore
 from vitzoo.tokens.fastervlm import encode_and_select, select_tokens
 
 __all__ = [

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from vitzoo.tokens._map import TokenMap, keep_only, protect
+from vitzoo.tokens._method import Method, Step, register
 from vitzoo.tokens._parts import QKV, class_attention, softmax_attend
 from vitzoo.tokens._schedule import check_layers
-from vitzoo.tokens._wrap import Method, State, Step, register
+from vitzoo.tokens._state import State
 
 
 def significance(qkv: QKV, key_bias: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo.tokens._map import keep_only, protect, rows
+from vitzoo.tokens._method import Method, Step, log_size, register
 from vitzoo.tokens._parts import QKV, softmax_attend
 from vitzoo.tokens._policy import (
     ScorePredictor,
@@ -30,7 +31,7 @@ from vitzoo.tokens._policy import (
     token_distillation,
 )
 from vitzoo.tokens._schedule import check_layers, check_rate, pruning_layers
-from vitzoo.tokens._wrap import Method, State, Step, log_size, register
+from vitzoo.tokens._state import State
 
 
 @register("dynamicvit")

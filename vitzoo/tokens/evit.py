@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vitzoo.tokens._map import keep_only, protect, rows
-from vitzoo.tokens._parts import QKV, class_attention
+from vitzoo.tokens._method import Method, Step, log_size, register
+from vitzoo.tokens._parts import QKV, NotReducibleError, class_attention
 from vitzoo.tokens._schedule import KeepRate, check_layers, check_rate, pruning_layers
-from vitzoo.tokens._wrap import Method, NotReducibleError, State, Step, log_size, register
+from vitzoo.tokens._state import State
 
 
 def attentive_tokens(scores: Tensor, count: int) -> Tensor:

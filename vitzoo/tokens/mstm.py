@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from vitzoo.layers import Linear
 from vitzoo.tokens._map import TokenMap, complement, protect, rows
+from vitzoo.tokens._method import Method, Step, log_size, register
 from vitzoo.tokens._parts import QKV, class_attention
 from vitzoo.tokens._schedule import check_layers, check_rate, pruning_layers
-from vitzoo.tokens._wrap import Method, State, Step, log_size, register
+from vitzoo.tokens._state import State
 from vitzoo.tokens.evit import attentive_tokens
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vitzoo.tokens._map import keep_only, protect, rows
+from vitzoo.tokens._method import Method, Step, register
 from vitzoo.tokens._parts import QKV, class_attention
 from vitzoo.tokens._schedule import check_layers, check_rate
-from vitzoo.tokens._wrap import Method, State, Step, register
+from vitzoo.tokens._state import State
 from vitzoo.tokens.evit import attentive_tokens
 
 

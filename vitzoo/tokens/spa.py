@@ -21,10 +21,11 @@ from torch import Tensor
 
 from vitzoo.layers import Linear
 from vitzoo.ops import attend
+from vitzoo.tokens._method import Method, Step, register
 from vitzoo.tokens._parts import NotReducibleError
 from vitzoo.tokens._policy import gumbel
 from vitzoo.tokens._schedule import check_layers, check_rate
-from vitzoo.tokens._wrap import Method, State, Step, register
+from vitzoo.tokens._state import State
 
 
 class Packed(NamedTuple):

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from vitzoo.layers import Linear
 from vitzoo.ops import attend
+from vitzoo.tokens._method import Method, Step, register
 from vitzoo.tokens._parts import QKV
 from vitzoo.tokens._policy import Teacher, logit_distillation, token_distillation
 from vitzoo.tokens._schedule import check_rate
-from vitzoo.tokens._wrap import Method, State, Step, register
+from vitzoo.tokens._state import State
 
 
 class MaskPredictor(nn.Module):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vitzoo.tokens._map import TokenMap
+from vitzoo.tokens._method import Method, Step, log_size, register
 from vitzoo.tokens._parts import QKV, softmax_attend
 from vitzoo.tokens._schedule import merge_schedule
-from vitzoo.tokens._wrap import Method, State, Step, log_size, register
+from vitzoo.tokens._state import State
 
 
 @torch.no_grad()

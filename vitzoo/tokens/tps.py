@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vitzoo.tokens._map import TokenMap, add_rows, complement, protect, rows
-from vitzoo.tokens._wrap import State, register
+from vitzoo.tokens._method import register
+from vitzoo.tokens._state import State
 from vitzoo.tokens.dynamicvit import DynamicViT
 
 

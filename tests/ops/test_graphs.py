@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.export import Dim
 
-from vitzoo.ops import attend, attend2d
+from vitzoo.ops import attend, attend2d, channel_attend, linear_attend
 from vitzoo.patterns import Pattern, dilated_window, everywhere, grid, halo, neighborhood, stripe, window
 
 torch.fx.wrap("attend2d")
@@ -43,6 +43,26 @@ def test_attend_is_registered_as_opcheck_wants_it(bias):
     saved = [None if t is None else t.detach() for t in (q, k, v, *added, out, lse)]
     for dout, dlse in ((saved[5], saved[6]), (saved[5], None), (None, saved[6])):
         torch.library.opcheck(torch.ops.vitzoo.attend_backward.default, (dout, dlse, *saved, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "option"),
+    [
+        (linear_attend, ((2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 3)), {"eps": 0.1}),
+        (channel_attend, ((2, 3, 2, 4), (2, 3, 2, 5), (2, 6, 2, 5)), {"scale": 0.7}),
+    ],
+)
+def test_attention_by_products_is_registered_as_opcheck_wants_it_and_is_what_is_defined(op, shapes, option):
+    forward, backward = (getattr(torch.ops.vitzoo, name).default for name in (op.__name__, f"{op.__name__}_backward"))
+    (number,) = option.values()
+    leaves = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    torch.library.opcheck(forward, (*leaves, number))
+    out, *saved = forward(*leaves, number)
+    torch.testing.assert_close(out, op(*leaves, **option, impl="reference"))
+    assert torch.autograd.gradcheck(lambda *tensors: forward(*tensors, number)[0], leaves)
+    more = [out, *saved] if op is linear_attend else [*saved, number]
+    arguments = [t.detach() if isinstance(t, Tensor) else t for t in (torch.rand_like(out), *leaves, *more)]
+    torch.library.opcheck(backward, tuple(arguments))
 
 
 class Mixer(nn.Module):

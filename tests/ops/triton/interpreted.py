@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.ops.triton import attend_cases, oracle, sample_cases
+from tests.ops.triton import attend_cases, oracle, product_cases, sample_cases
 from vitzoo.patterns import (
     Pattern,
     Span,
@@ -115,7 +115,7 @@ def spans() -> dict[str, int]:
     return wrong
 
 
-OTHERS = (attend_cases, sample_cases)
+OTHERS = (attend_cases, product_cases, sample_cases)
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"

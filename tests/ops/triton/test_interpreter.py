@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.triton import attend_cases, sample_cases
+from tests.ops.triton import attend_cases, product_cases, sample_cases
 from tests.ops.triton.interpreted import CASES
 
 pytestmark = [
@@ -76,6 +76,15 @@ def test_sample2d_gives_the_oracles_values_and_gradients(interpreter, name):
     case, errors = sample_cases.CASES[name], interpreter(name)
     assert set(errors) == {"out", "dx", "dpoints"}
     wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
+    assert not wrong, f"{name}: largest errors {errors}"
+
+
+@pytest.mark.parametrize("name", product_cases.CASES)
+def test_linear_and_channel_attend_give_the_oracles_values_and_gradients(interpreter, name):
+    case, errors = product_cases.CASES[name], interpreter(name)
+    assert set(errors) == {"out", "dq", "dk", "dv"}
+    allowed = TOLERANCE[case.values or case.dtype]
+    wrong = {key: error for key, error in errors.items() if not error <= allowed or math.isnan(error)}
     assert not wrong, f"{name}: largest errors {errors}"
 
 

@@ -17,6 +17,7 @@ from vitzoo.models.cswin import CSWin
 from vitzoo.models.pvt import PVT
 from vitzoo.models.swin import Swin
 from vitzoo.ops import using
+from vitzoo.ops.linear_attend.api import OP as LINEAR_OP
 
 # published argument: ours; None: read below, or it changes nothing in eval mode
 COMMON = {
@@ -80,7 +81,9 @@ def attention(golden: Golden) -> tuple[list[Pair], float, tuple[str, ...], tuple
     options = {name: published[name] for name in ("focusing_factor", "kernel_size")}
     if "q" in golden.tensors:
         module = FocusedLinearAttention(Slot(dim, heads, tuple(published["window_size"])), **options)
-        pairs = [pair for impl in ("torch", "reference") for pair in between_projections(golden, module, impl)]
+        call = LINEAR_OP.prepare(*(golden.tensors[name].unflatten(-1, (heads, -1)) for name in "qkv"))
+        able = [each.name for each in LINEAR_OP.implementations if each.supports(call) is None]
+        pairs = [pair for impl in able for pair in between_projections(golden, module, impl)]
         given = (*GIVEN, "q", "k", "v", "positional_encoding", "scale", "dwc.weight", "dwc.bias")
         # inside the op: attn_out, and the gradients of what goes into it, pin them
         return pairs, OPS, given, ("intermediate/kv", "intermediate/denominator")

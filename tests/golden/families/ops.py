@@ -220,6 +220,8 @@ def channel_attention(golden: Golden) -> Iterator[Pair]:
         q, k, v = attention.qkv(expected["input"]).unflatten(-1, (3, heads, depth)).unbind(2)
     one_hot = torch.eye(depth)[None, :, None].expand(len(q), depth, heads, depth)
     for implementation in CHANNEL_OP.implementations:
+        if implementation.supports(CHANNEL_OP.prepare(q, k, v, scale=scale)) is not None:
+            continue
         name = implementation.name
         if version == 2:
             matrix = channel_attend(q, k, one_hot, scale=scale, impl=name)

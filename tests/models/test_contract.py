@@ -19,7 +19,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import vitzoo
-from tests.models.zoo import SMALL, build, ceil_div, image
+from tests.models.zoo import SMALL, build, image, map_side
 from vitzoo import checkpoints
 
 # smallest, narrow, odd, odd and larger than the map of the weights, wide, not a multiple of anything
@@ -52,14 +52,14 @@ def test_every_family_is_in_the_suite():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_takes_any_image_of_at_least_32_pixels(shared_model, size):
+def test_takes_any_image_of_at_least_32_pixels(name, shared_model, size):
     with torch.inference_mode():
         final, maps = shared_model.forward_intermediates(image(*size, batch=1))
         logits = shared_model.forward_head(final)
     assert logits.shape == (1, shared_model.num_classes or shared_model.head_hidden_size)
     assert logits.isfinite().all()
     expected = [
-        (1, info["num_chs"], ceil_div(size[0], info["reduction"]), ceil_div(size[1], info["reduction"]))
+        (1, info["num_chs"], *(map_side(name, side, info["reduction"]) for side in size))
         for info in shared_model.feature_info
     ]
     assert [tuple(m.shape) for m in maps] == expected
@@ -81,7 +81,7 @@ def test_features_only_equals_forward_intermediates(name, shared_model):
     ):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous()
-        assert ours.shape == (2, channels, ceil_div(70, stride), ceil_div(93, stride))
+        assert ours.shape == (2, channels, map_side(name, 70, stride), map_side(name, 93, stride))
 
 
 def test_intermediates_are_the_same_however_they_are_asked_for(shared_model):

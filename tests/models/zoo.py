@@ -17,9 +17,11 @@ SMALL = {
     "crossformer": ("crossformer_micro",),
     "cswin": ("cswin_micro",),
     "dat": ("dat_micro",),
+    "davit": ("davit_micro",),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
     "ffnet": ("ffnet_micro",),
     "flatten": ("flatten_micro",),
+    "gcvit": ("gcvit_micro",),
     "glnet": ("glnet_micro",),
     "maxvit": ("maxvit_micro",),
     "nat": ("nat_micro", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
@@ -29,6 +31,7 @@ SMALL = {
     "spectformer": ("spectformer_micro", "spectformer_h_micro"),
     "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224"),
     "van": ("van_micro",),
+    "twins": ("twins_micro",),
     "vit": ("vit_micro", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
@@ -40,8 +43,10 @@ MICRO = (
     "dat_micro",
     "ffnet_micro",
     "flatten_micro",
+    "davit_micro",
     "glnet_micro",
     "maxvit_micro",
+    "gcvit_micro",
     "nat_micro",
     "patchconvnet_micro",
     "pvt_micro",
@@ -54,6 +59,7 @@ MICRO = (
     "van_micro",
     "vit_micro",
 )
+    "twins_micro",
 
 
 def chosen(patterns: list[str]) -> tuple[list[str], list[str]]:
@@ -86,3 +92,12 @@ def image(height: int = 64, width: int = 80, batch: int = 2, channels: int = 3) 
 
 def ceil_div(size: int, stride: int) -> int:
     return -(-size // stride)
+# families whose maps are rounded down, and why
+FLOORED = {"twins_*": "as published, patches are cut from the map as far as they go"}
+
+
+def map_side(name: str, size: int, stride: int) -> int:
+    """Rows (or columns) of a map at ``stride`` of an image of ``size``: all are rounded up, but for ``FLOORED``."""
+    return size // stride if any(fnmatch.fnmatchcase(name, p) for p in FLOORED) else ceil_div(size, stride)
+
+

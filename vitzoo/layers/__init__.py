@@ -3,7 +3,7 @@
 from vitzoo.layers.agent import AgentAttention
 from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAttention
 from vitzoo.layers.blocks import Block
-from vitzoo.layers.conv import BatchNorm, ConvNorm, ConvNormStem, DepthwiseConv, init_by_fan_out, init_truncated
+from vitzoo.layers.conv import BatchNorm, ConvNorm, ConvNormStem, DeepStem, DepthwiseConv, init_by_fan_out, init_truncated
 from vitzoo.layers.deformable import DeformableAttention
 from vitzoo.layers.embed import (
     ConvDownsample,
@@ -30,6 +30,7 @@ __all__ = [
     "AgentAttention",
     "BatchNorm",
     "Block",
+    "BottleneckAttention",
     "ChannelAttention",
     "ClassAttention",
     "ClassAttentionHead",
@@ -37,11 +38,13 @@ __all__ = [
     "ConvNorm",
     "ConvNormStem",
     "ConvStem",
+    "DeepStem",
     "DeformableAttention",
     "DepthwiseConv",
     "DepthwiseMlp",
     "FocusedLinearAttention",
     "GroupAttention",
+    "HaloAttention",
     "Linear",
     "MixedAttention",
     "Mlp",
@@ -52,19 +55,24 @@ __all__ = [
     "PatchMerging",
     "PatternAttention",
     "ReducedAttention",
+    "RelativeTable",
     "RoutedAttention",
     "Slot",
     "SpatialReduction",
     "TokenAttention",
+    "WindowAttention",
     "build_mixer",
     "crop_map",
+    "exchangeable",
     "init_by_fan_out",
     "init_truncated",
     "linear",
     "list_mixers",
     "pad_map",
+    "refusal",
     "register_mixer",
     "resize_positions",
     "resize_table",
+    "takes_the_place_of",
     "with_our_attention",
 ]

@@ -71,7 +71,13 @@ def _goes(layer: nn.Module, on_request: bool) -> bool:
 
 
 def refusal(theirs: nn.Module) -> str | None:
-    """Why ours cannot stand in for this layer, in a sentence; None where it can.
+    """Why ours cannot stand in for a layer.
+
+    Args:
+        theirs: a layer of a class of ``exchangeable()``.
+
+    Returns:
+        The reason, in a sentence; None where ours can.
 
     Raises:
         KeyError: a class that nothing of ours stands in for.

@@ -52,7 +52,7 @@ class RelativeTable(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """``proj(softmax(q k^T / sqrt(D) + bias) v)`` inside windows of a map, padded before the projection: padded tokens are keys.
+    """``proj(softmax(q k^T / sqrt(D) + bias) v)`` inside windows of a map; tokens that it is padded with are keys.
 
     Args:
         theirs: timm's layer: ``qkv``, ``proj``, ``num_heads``, and ``proj_drop`` where it has one.
@@ -65,7 +65,7 @@ class WindowAttention(nn.Module):
     def __init__(self, theirs: Any, pattern: Pattern, rel_pos: RelativeTable | None = None) -> None:
         super().__init__()
         self.num_heads, self.pattern = theirs.num_heads, pattern
-        self.size = pattern.rows.size, pattern.cols.size
+        self.size = pattern.rows.size or 1, pattern.cols.size or 1
         self.rel_pos = rel_pos
         self.qkv, self.proj = theirs.qkv, theirs.proj
         self.proj_drop = getattr(theirs, "proj_drop", nn.Identity())

@@ -8,8 +8,10 @@ from vitzoo.models import (
     cswin,
     dat,
     deit,
+    davit,
     ffnet,
     glnet,
+    gcvit,
     maxvit,
     nat,
     patchconvnet,
@@ -19,6 +21,7 @@ from vitzoo.models import (
     swin,
     van,
     vit,
+    twins,
 )
 from vitzoo.models._registry import (
     ModelInfo,
@@ -44,9 +47,11 @@ __all__ = [
     "ffnet",
     "flatten",
     "glnet",
+    "davit",
     "list_families",
     "list_mixers",
     "list_models",
+    "gcvit",
     "maxvit",
     "model_info",
     "nat",
@@ -58,3 +63,4 @@ __all__ = [
     "van",
     "vit",
 ]
+    "twins",

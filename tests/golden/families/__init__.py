@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.golden.families import (
+    adopted,
     agent,
     attention_modules,
     attnet,
@@ -36,7 +37,7 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "cswin": cswin.check,
     "swin": swin.check,
     "swinv2": swin.check,
-    "davit": ops.davit,
+    **dict.fromkeys(("twins", "davit", "gcvit"), adopted.check),
     "flatten": flatten.check,
     "maxvit": maxvit.check,
     "nat": nat.check,

@@ -18,6 +18,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from vitzoo.ops import PointBias
 from vitzoo.ops.attend.triton import launch as attend
 from vitzoo.ops.attend2d.triton import choose, launch
 from vitzoo.ops.sample2d.triton import launch as sample2d
@@ -76,6 +77,17 @@ def run_attend(L: int, S: int, N: int, D: int, dtype=torch.bfloat16, bias=True, 
     keys = torch.empty(256, S, device="meta") if key_bias else None
     out, lse = attend.forward(q, k, v, pairs, keys, 0.1)
     attend.backward(torch.empty_like(out), None, q, k, v, pairs, keys, out, lse, 0.1)
+
+
+def run_attend_at_points(size, S: int, side, N: int, G: int, D: int, dtype=torch.bfloat16) -> None:
+    """The same with a table of `side` that is read at S points."""
+    H, W = size
+    q = torch.empty(256, H * W, N, D, dtype=dtype, device="meta")
+    k, v = torch.empty(2, 256, S, N, D, dtype=dtype, device="meta").unbind(0)
+    shapes = (N, *side), (256, S, G, 2), (H,), (W,)
+    bias = PointBias(*(torch.empty(shape, device="meta") for shape in shapes))
+    out, lse = attend.forward(q, k, v, bias, None, 0.1)
+    attend.backward(torch.empty_like(out), None, q, k, v, bias, None, out, lse, 0.1)
 
 
 def run_sample2d(size, S: int, G: int, C: int, dtype=torch.bfloat16) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.ops.triton import attend_cases, oracle, product_cases, sample_cases
+from tests.ops.triton import attend_cases, oracle, point_cases, product_cases, sample_cases
 from vitzoo.patterns import (
     Pattern,
     Span,
@@ -47,6 +47,10 @@ CASES = {
     "window": Case(window(3), (7, 8), D=24, N=3),
     "shifted window, two images": Case(window(4, shift=1), (6, 7), B=2),
     "rectangular window, half precision": Case(window((3, 5), shift=(1, 2)), (5, 11), dtype=torch.float16),
+    "shifted windows cut at the borders": Case(window(4, shift=2), (6, 7), N=1, settings={"JOIN_FROM": 100}),
+    "shifted windows joined across the borders": Case(window(7, shift=3), (14, 13), N=1, settings={"JOIN_FROM": 1}),
+    "several small windows to a tile": Case(window(2, shift=1), (5, 7), D=24, N=3, B=2),
+    "several narrow windows to a tile, no bias": Case(dilated_window((3, 1), interval=2), (9, 7), bias=False),
     "cover": Case(window(7, shift=3, edge="cover"), (6, 11)),
     "one key": Case(window(3, shift=1, edge="cover"), (1, 1), N=3),
     "grid": Case(grid((3, 2)), (6, 8), dlse=False),
@@ -65,7 +69,7 @@ CASES = {
 }  # fmt: skip
 
 
-USUAL = {"TABLE_SIDE": 64, "PARTIALS": 1 << 21, "LEAST_PROGRAMS": 512}
+USUAL = {"TABLE_SIDE": 64, "JOIN_FROM": 1.4, "PARTIALS": 1 << 21, "LEAST_PROGRAMS": 512}
 
 
 def measure(case: Case) -> dict[str, float]:
@@ -73,7 +77,7 @@ def measure(case: Case) -> dict[str, float]:
     from vitzoo.ops.attend2d.triton import choose, launch
 
     for name, usual in USUAL.items():
-        setattr(choose if name == "TABLE_SIDE" else launch, name, case.settings.get(name, usual))
+        setattr(choose if hasattr(choose, name) else launch, name, case.settings.get(name, usual))
     torch.manual_seed(0)
     (H, W), scale = case.size, 0.3
     reach_y, reach_x = case.pattern.reach(H, W)
@@ -115,7 +119,7 @@ def spans() -> dict[str, int]:
     return wrong
 
 
-OTHERS = (attend_cases, product_cases, sample_cases)
+OTHERS = (attend_cases, point_cases, product_cases, sample_cases)
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"

@@ -42,6 +42,13 @@ ATTEND = {
 }
 
 
+# name: map, points, table, heads, groups, head dimension, dtype, bytes a thread may spill
+AT_POINTS = {
+    "49 points of 56 x 56, a table": ((56, 56), 49, (111, 111), 2, 1, 32, torch.bfloat16, 0),
+    "196 points, d 64, fp32": ((14, 14), 196, (27, 27), 4, 2, 64, torch.float32, STACK),
+}
+
+
 # name: map, points, groups, channels of a group, dtype, bytes a thread may spill
 SAMPLE2D = {
     "49 points of 56 x 56": ((56, 56), 49, 1, 64, torch.bfloat16, 0),
@@ -49,7 +56,12 @@ SAMPLE2D = {
 }
 
 
-ONCE = ("neighborhood 13, d 256", "neighborhood 7, fp32")  # as good as alike on all generations, and slow to compile
+ONCE = (
+    "neighborhood 13, d 256",
+    "neighborhood 7, fp32",
+    "196 points, d 64, fp32",
+    "196 points, d 24, fp32",
+)  # as good as alike on all generations, and slow to compile
 
 
 @pytest.mark.parametrize(
@@ -75,7 +87,19 @@ def test_attends_kernels_compile_within_registers_and_shared_memory(monkeypatch,
     check(recorded(monkeypatch, arch, lambda: run_attend(*call)), arch, name, stack)
 
 
-@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SAMPLE2D for arch in (80, 90, 100)])
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, arch) for name in AT_POINTS for arch in (80, 90, 100) if arch == 80 or name not in ONCE]
+)
+def test_kernels_of_attend_at_points_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
+    from tests.ops.triton.compiled import recorded, run_attend_at_points
+
+    *call, stack = AT_POINTS[name]
+    check(recorded(monkeypatch, arch, lambda: run_attend_at_points(*call)), arch, name, stack)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, arch) for name in SAMPLE2D for arch in (80, 90, 100) if arch == 80 or name not in ONCE]
+)
 def test_sample2ds_kernels_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
     from tests.ops.triton.compiled import recorded, run_sample2d
 

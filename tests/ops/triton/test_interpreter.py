@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.triton import attend_cases, product_cases, sample_cases
+from tests.ops.triton import attend_cases, point_cases, product_cases, sample_cases
 from tests.ops.triton.interpreted import CASES
 
 pytestmark = [
@@ -67,6 +67,14 @@ def test_attend_gives_the_oracles_values_and_gradients(interpreter, name):
     case, errors = attend_cases.CASES[name], interpreter(name)
     biases = {"dbias": case.bias is not None, "dkey_bias": case.key_bias}
     assert set(errors) == {"out", "lse", "dq", "dk", "dv", *(bias for bias, given in biases.items() if given)}
+    wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
+    assert not wrong, f"{name}: largest errors {errors}"
+
+
+@pytest.mark.parametrize("name", point_cases.CASES)
+def test_attend_at_points_gives_the_oracles_values_and_gradients(interpreter, name):
+    case, errors = point_cases.CASES[name], interpreter(name)
+    assert set(errors) == {"out", "lse", "dq", "dk", "dv", "dtable", "dpoints"} | ({"dkey_bias"} if case.key_bias else set())
     wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
     assert not wrong, f"{name}: largest errors {errors}"
 

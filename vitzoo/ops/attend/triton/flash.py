@@ -2,14 +2,15 @@
 
     flash_forward   query tiles over keys                       out, lse
     flash_dq        query tiles over keys                       delta, dq
-    flash_dkv       key tiles over queries (roles exchanged)    dk, dv, dkey_bias
+    flash_dkv       key tiles over queries (roles exchanged)    dk, dv, dkey_bias, dpoints
     flash_dbias     tiles of the bias over what it was spread over (images, heads)
 
 Dimension letters: Q and K, the tokens of a query tile and of a key tile; D, the head dimension, padded to BLOCK_D. One program
 is one head; heads are the fastest part of its number, so that heads which share a cache line run side by side. Where tiles are
 few (agents as queries, or as keys), the partners are cut into `splits` chunks of `chunk` tokens, each of which writes a part of
 its own; the host adds the parts in a fixed order. Scores, softmax and accumulators are fp32; p and ds are rounded to the dtype
-of the inputs before they enter a product. There are no atomics.
+of the inputs before they enter a product. There are no atomics. A table that is read at points (`table`, with the parameters
+behind it, all of them None or unused otherwise) takes the place of a bias of pairs; its own gradient is `table.flash_dtable`'s.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ import triton
 import triton.language as tl
 
 from vitzoo.ops._triton.tokens import LN2, LOG2E, load_tokens, store_tokens
+from vitzoo.ops.attend.triton.table import (
+    TABLE_SIZES,
+    interpolated,
+    key_places,
+    points_of,
+    query_places,
+    row_slope,
+    surroundings,
+)
 
 # Integers that change with the image or the batch: no value of theirs may cause another compilation.
-_SIZES = ["L", "S", "tiles", "chunk", "images"]
+_SIZES = ["L", "S", "tiles", "chunk", "images", *TABLE_SIZES]
 _STRIDES = [f"{t}_{axis}" for t in "qkvg" for axis in "bln"] + ["bias_b", "bias_n", "bias_l", "bias_s", "key_b"]
 _ONES = ["heads", "splits"]
 
@@ -61,11 +71,13 @@ def flash_forward(
     q, k, v, bias, key_bias, out, lse, scale, heads, L, S, tiles, splits, chunk, images,
     q_b, q_l, q_n, k_b, k_l, k_n, v_b, v_l, v_n, bias_b, bias_n, bias_l, bias_s, key_b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    table=None, points=None, row_at=None, col_at=None, map_width=1, table_height=0, table_width=0, heads_each=1,
 ):  # fmt: skip
     """out `[splits, B, L, N, D]` and lse `[splits, B, L, N]` (natural logarithm, fp32), both contiguous.
 
     q: `[B, L, N, D]`, k and v: `[B, S, N, D]` by the strides `*_b, *_l, *_n`, counted in UNIT elements. bias: `[B, N, L, S]` by
-    its strides, 0 where it is spread; key_bias: `[B, S]`. Either may be None. Grid: heads * tiles * splits * B.
+    its strides, 0 where it is spread; key_bias: `[B, S]`. Either may be None. table: `[N, table_height, table_width]`, with
+    fp32 points `[B, S, G, 2]` and the places row_at, col_at of the queries. Grid: heads * tiles * splits * B.
     """
     head, tile, split, image = where_am_i(heads, tiles, splits)
     rows = tile * BQ + tl.arange(0, BQ)
@@ -77,6 +89,10 @@ def flash_forward(
         bias += image * bias_b + head * bias_n
     if key_bias is not None:
         key_bias += image * key_b
+    if table is not None:
+        table += head * table_height * table_width
+        points = points_of(points, image, head, S, heads, heads_each)
+        y, x = query_places(row_at, col_at, rows, in_q, map_width)
 
     scale2 = scale * LOG2E
     top = tl.full([BQ], -1.0e30, tl.float32)  # finite: a row that sees nothing yet must not give inf - inf
@@ -88,6 +104,13 @@ def flash_forward(
         keys = load_tokens(k, cols * k_l * UNIT, in_k, D, BLOCK_D)  # [K, BLOCK_D]
         values = load_tokens(v, cols * v_l * UNIT, in_k, D, BLOCK_D)
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2  # [Q, K], in powers of two
+        if table is not None:
+            key_y, key_x = key_places(points, cols, in_k, heads // heads_each)
+            e00, e01, e10, e11, down, right = surroundings(
+                table, y[:, None] - key_y[None, :], x[:, None] - key_x[None, :], in_q[:, None] & in_k[None, :],
+                table_height, table_width,
+            )  # fmt: skip
+            s += LOG2E * interpolated(e00, e01, e10, e11, down, right)
         s = add_biases(s, rows, cols, in_q, in_k, bias, bias_l, bias_s, key_bias, cols[None, :], in_k[None, :])
         new_top = tl.maximum(top, tl.max(s, 1))
         shrink = tl.exp2(top - new_top)
@@ -109,6 +132,7 @@ def flash_dq(
     q, k, v, bias, key_bias, out, lse, grad, dlse, delta, dq, scale, heads, L, S, tiles, splits, chunk, images,
     q_b, q_l, q_n, k_b, k_l, k_n, v_b, v_l, v_n, g_b, g_l, g_n, bias_b, bias_n, bias_l, bias_s, key_b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    table=None, points=None, row_at=None, col_at=None, map_width=1, table_height=0, table_width=0, heads_each=1,
 ):  # fmt: skip
     """delta `[B, L, N]` = sum of out * grad over D, less dlse; and dq `[splits, B, L, N, D]`. Arguments as in the forward.
 
@@ -134,6 +158,10 @@ def flash_dq(
         bias += image * bias_b + head * bias_n
     if key_bias is not None:
         key_bias += image * key_b
+    if table is not None:
+        table += head * table_height * table_width
+        points = points_of(points, image, head, S, heads, heads_each)
+        y, x = query_places(row_at, col_at, rows, in_q, map_width)
 
     scale2 = scale * LOG2E
     acc = tl.zeros([BQ, BLOCK_D], tl.float32)
@@ -143,6 +171,13 @@ def flash_dq(
         keys = load_tokens(k, cols * k_l * UNIT, in_k, D, BLOCK_D)  # [K, BLOCK_D]
         values = load_tokens(v, cols * v_l * UNIT, in_k, D, BLOCK_D)
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale2  # [Q, K]
+        if table is not None:
+            key_y, key_x = key_places(points, cols, in_k, heads // heads_each)
+            e00, e01, e10, e11, down, right = surroundings(
+                table, y[:, None] - key_y[None, :], x[:, None] - key_x[None, :], in_q[:, None] & in_k[None, :],
+                table_height, table_width,
+            )  # fmt: skip
+            s += LOG2E * interpolated(e00, e01, e10, e11, down, right)
         s = add_biases(s, rows, cols, in_q, in_k, bias, bias_l, bias_s, key_bias, cols[None, :], in_k[None, :])
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
         ds = tl.exp2(s - lse2[:, None]) * (dp - less[:, None])
@@ -156,10 +191,13 @@ def flash_dkv(
     q, k, v, bias, key_bias, lse, grad, delta, dk, dv, dkey, scale, heads, L, S, tiles, splits, chunk, images,
     q_b, q_l, q_n, k_b, k_l, k_n, v_b, v_l, v_n, g_b, g_l, g_n, bias_b, bias_n, bias_l, bias_s, key_b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    table=None, points=None, row_at=None, col_at=None, map_width=1, table_height=0, table_width=0, heads_each=1,
+    dpoints=None,
 ):  # fmt: skip
     """dk, dv `[splits, B, S, N, D]` and, where wanted, dkey `[splits, B, S, N]`, each head's share of the key bias's gradient.
 
-    Works on transposed scores `[K, Q]`. Here `tiles` are tiles of keys, `chunk` counts queries. Reads delta from `flash_dq`.
+    With a table also dpoints `[splits, B, S, N, 2]`, each head's share. Works on transposed scores `[K, Q]`.
+    Here `tiles` are tiles of keys, `chunk` counts queries. Reads delta from `flash_dq`.
     """
     head, tile, split, image = where_am_i(heads, tiles, splits)
     cols = tile * BK + tl.arange(0, BK)
@@ -174,6 +212,12 @@ def flash_dkv(
         bias += image * bias_b + head * bias_n
     if key_bias is not None:
         key_bias += image * key_b
+    if table is not None:
+        table += head * table_height * table_width
+        points = points_of(points, image, head, S, heads, heads_each)
+        y, x = key_places(points, cols, in_k, heads // heads_each)
+        dy = tl.zeros([BK], tl.float32)
+        dx = tl.zeros([BK], tl.float32)
 
     scale2 = scale * LOG2E
     acc_k = tl.zeros([BK, BLOCK_D], tl.float32)
@@ -187,6 +231,13 @@ def flash_dkv(
         lse2 = finite(tl.load(lse + rows * heads, mask=in_q, other=0.0))
         less = tl.load(delta + rows * heads, mask=in_q, other=0.0)
         s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale2  # [K, Q]
+        if table is not None:
+            query_y, query_x = query_places(row_at, col_at, rows, in_q, map_width)
+            e00, e01, e10, e11, down, right = surroundings(
+                table, query_y[None, :] - y[:, None], query_x[None, :] - x[:, None], in_k[:, None] & in_q[None, :],
+                table_height, table_width,
+            )  # fmt: skip
+            s += LOG2E * interpolated(e00, e01, e10, e11, down, right)
         s = add_biases(s, cols, rows, in_k, in_q, bias, bias_s, bias_l, key_bias, cols[:, None], in_k[:, None])
         p = tl.where(in_q[None, :], tl.exp2(s - lse2[None, :]), 0.0)
         acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
@@ -195,6 +246,9 @@ def flash_dkv(
         acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
         if dkey is not None:
             acc_bias += tl.sum(ds, 1)
+        if table is not None:
+            dy += tl.sum(ds * row_slope(e00, e01, e10, e11, right), 1)
+            dx += tl.sum(ds * row_slope(e00, e10, e01, e11, down), 1)
 
     token = cols * heads + head
     part = (split * images + image) * S * heads
@@ -202,6 +256,10 @@ def flash_dkv(
     store_tokens(dv + part * D, token * D, in_k, acc_v, D, BLOCK_D)
     if dkey is not None:
         tl.store(dkey + part + token, acc_bias, mask=in_k)
+    if table is not None:  # offsets are query minus key, halved, and (n - 1) / 2 entries are one of their units
+        at = dpoints + (part + token) * 2
+        tl.store(at, dy * -0.25 * (table_height - 1), mask=in_k)
+        tl.store(at + 1, dx * -0.25 * (table_width - 1), mask=in_k)
 
 
 @triton.jit(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._triton.host import (
+    ENOUGH_PROGRAMS,
     architecture,
     common_strides,
     common_unit,
@@ -22,11 +23,16 @@ from vitzoo.ops._triton.host import (
     readable,
     split,
 )
-from vitzoo.ops.attend.triton import flash
+from vitzoo.ops.attend.point_bias import PointBias
+from vitzoo.ops.attend.triton import flash, table
 from vitzoo.ops.merge import merge_lse
 
 LEAST_CHUNK = 256
 """Partners that are worth a part of their own."""
+TABLE_SIDE = 64
+"""A larger table's gradient is summed in blocks of this side."""
+PARTIALS = 1 << 22
+"""Numbers that the parts of a table's gradient may take."""
 
 
 class Tiles(NamedTuple):
@@ -43,19 +49,21 @@ TUNED: dict[tuple, Tiles] = {}
 
 
 @functools.lru_cache(1024)
-def choose_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: int) -> Tiles:
-    """64 x 64 tokens where they fit, fewer for long rows, no more than there are."""
+def choose_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: int, at_points: bool = False) -> Tiles:
+    """64 x 64 tokens where they fit, fewer for long rows and for tables read at points, no more than there are."""
     block_d, bits = max(16, power(D)), torch.finfo(dtype).bits
-    tuned = TUNED.get((name, block_d, arch, dtype))
+    tuned = TUNED.get((name, block_d, arch, dtype, *(["at points"] if at_points else [])))
     if tuned:
         return tuned
     row = block_d * bits // 16  # 16-bit numbers of a row
-    short = row <= 64 and bits == 16
+    short = row <= 64 and bits == 16 and not at_points
     side = 64 if short else 32 if row <= 256 else 16
     # from sm_100 on a product of 64 rows goes to tcgen05, which doubles the work per thread; 32 rows stay with mma.sync
     own_side = min(side, 32) if arch >= 100 else side
     other_side = side if name == "forward" or not short else 32
     own_tokens, other_tokens = (S, L) if name == "dkv" else (L, S)
+    if at_points:  # four entries for each pair, and in dkv their differences
+        other_side = 16 if name == "dkv" else min(side, 32)
     own, partner = max(16, min(own_side, power(own_tokens))), max(16, min(other_side, power(other_tokens)))
     warps = 2 if own <= 32 and short else 4 if row <= 256 else 8
     stages = 2 if row <= 128 else 1
@@ -63,12 +71,12 @@ def choose_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: in
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | PointBias | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out `[B, L, N, D]` and lse `[B, L, N]`; arguments as those of `attend`, already validated and supported."""
     B, L, N, D = q.shape
     S = k.shape[1]
-    tiles = choose_tiles("forward", L, S, D, q.dtype, architecture(q))
+    tiles = choose_tiles("forward", L, S, D, q.dtype, architecture(q), isinstance(bias, PointBias))
     count = -(-L // tiles.BQ)
     parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
     out = torch.empty((parts, B, L, N, D), dtype=q.dtype if parts == 1 else torch.float32, device=q.device)
@@ -76,7 +84,7 @@ def forward(
     if q.numel():
         with on_device(q):
             flash.flash_forward[(N * count * parts * B,)](
-                q, k, v, bias, _sizes(key_bias), out, lse, **_shared(scale, q, k, v, bias, key_bias, tiles),
+                q, k, v, _pairs(bias), _sizes(key_bias), out, lse, **_shared(scale, q, k, v, bias, key_bias, tiles),
                 tiles=count, splits=parts, chunk=chunk, images=B,
             )  # fmt: skip
     if parts == 1:
@@ -91,22 +99,24 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | PointBias | None,
     key_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None, Tensor | None]:
     """dq, dk, dv like q, k, v, contiguous; dbias and dkey_bias in the shape of theirs, None where there is none.
 
+    A PointBias has two gradients, that of its table and that of its points.
     grad_out, grad_lse: gradients of out and lse, either may be None. The same call gives the same bits every time.
     """
     B, L, N, D = q.shape
-    S = k.shape[1]
+    S, at_points = k.shape[1], isinstance(bias, PointBias)
     arch = architecture(q)
     if not q.numel() or not S:
-        like = (None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=q.device) for t in (bias, key_bias))
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), *like
+        zeros = [None if t is None else t.new_zeros(t.shape) for t in (*(bias[:2] if at_points else [bias]), key_bias)]
+        dbias = tuple(zeros[:2]) if at_points else zeros[0]
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dbias, zeros[-1]
     grad = readable(grad_out, out)
     dlse = None if grad_lse is None else grad_lse.float().contiguous()
     sizes = _sizes(key_bias)
@@ -119,24 +129,33 @@ def backward(
         return part[0] if len(part) == 1 else part.sum(0).to(q.dtype)
 
     with on_device(q):
-        tiles = choose_tiles("dq", L, S, D, q.dtype, arch)
+        tiles = choose_tiles("dq", L, S, D, q.dtype, arch, at_points)
         count = -(-L // tiles.BQ)
         parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
         dq = empty(parts, L)
         flash.flash_dq[(N * count * parts * B,)](
-            q, k, v, bias, sizes, out, lse, grad, dlse, delta, dq, **_shared(scale, q, k, v, bias, key_bias, tiles, grad),
-            tiles=count, splits=parts, chunk=chunk, images=B,
+            q, k, v, _pairs(bias), sizes, out, lse, grad, dlse, delta, dq,
+            **_shared(scale, q, k, v, bias, key_bias, tiles, grad), tiles=count, splits=parts, chunk=chunk, images=B,
         )  # fmt: skip
-        tiles = choose_tiles("dkv", L, S, D, q.dtype, arch)
+        tiles = choose_tiles("dkv", L, S, D, q.dtype, arch, at_points)
         count = -(-S // tiles.BK)
         parts, chunk = split(B * N * count, L, tiles.BQ, LEAST_CHUNK)
         dk, dv = empty(parts, S), empty(parts, S)
         dkey = None if key_bias is None else torch.empty((parts, B, S, N), dtype=torch.float32, device=q.device)
+        shares = None  # of every head in the gradient of its group's points
+        if at_points:
+            shares = torch.empty((parts, B, S, N, 2), dtype=torch.float32, device=q.device)
         flash.flash_dkv[(N * count * parts * B,)](
-            q, k, v, bias, sizes, lse, grad, delta, dk, dv, dkey, **_shared(scale, q, k, v, bias, key_bias, tiles, grad),
-            tiles=count, splits=parts, chunk=chunk, images=B,
+            q, k, v, _pairs(bias), sizes, lse, grad, delta, dk, dv, dkey,
+            **_shared(scale, q, k, v, bias, key_bias, tiles, grad), tiles=count, splits=parts, chunk=chunk, images=B,
+            **({} if shares is None else {"dpoints": shares}),
         )  # fmt: skip
-        dbias = None if bias is None else _bias_gradient(q, k, v, bias, key_bias, lse, grad, delta, scale)
+        dbias = None
+        if at_points:
+            dtable = _table_gradient(q, k, v, bias, key_bias, lse, grad, delta, scale)
+            dbias = dtable, shares.sum(0).unflatten(2, (bias.points.shape[2], -1)).sum(3).to(bias.points.dtype)
+        elif bias is not None:
+            dbias = _bias_gradient(q, k, v, bias, key_bias, lse, grad, delta, scale)
     dkey_bias = None if key_bias is None or dkey is None else dkey.sum((0, 3)).to(key_bias.dtype)
     return whole(dq), whole(dk), whole(dv), dbias, dkey_bias
 
@@ -167,6 +186,38 @@ def _bias_gradient(
     return dbias.view(bias.shape).to(bias.dtype)
 
 
+def _table_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: PointBias,
+    key_bias: Tensor | None,
+    lse: Tensor,
+    grad: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> Tensor:
+    B, _, N, _ = q.shape
+    _, rows, cols = bias.table.shape
+    sides = tuple(max(16, min(TABLE_SIDE, power(n))) for n in (rows, cols))
+    blocks_y, blocks_x = (-(-n // side) for n, side in zip((rows, cols), sides, strict=True))
+    pairs = B * k.shape[1]
+    programs = min(2 * ENOUGH_PROGRAMS // (N * blocks_y * blocks_x), PARTIALS // (N * rows * cols), pairs)
+    chunk = -(-pairs // max(1, programs))
+    parts = torch.empty((-(-pairs // chunk), N, rows, cols), dtype=torch.float32, device=q.device)
+    shared = _shared(scale, q, k, v, bias, key_bias, Tiles(0, 0, 4, 1), grad)
+    shared = {name: value for name, value in shared.items() if name not in ("BQ", "BK", "bias_b", "bias_n", "bias_l", "bias_s")}
+    table.flash_dtable[(N * blocks_y * blocks_x * len(parts),)](
+        q, k, v, _sizes(key_bias), lse, grad, delta, parts, **shared, pairs=pairs, chunk=chunk,
+        blocks=blocks_y * blocks_x, blocks_x=blocks_x, QY=16, QX=16, TY=sides[0], TX=sides[1],
+    )  # fmt: skip
+    return parts.sum(0).to(bias.table.dtype)
+
+
+def _pairs(bias: Tensor | PointBias | None) -> Tensor | None:
+    return None if isinstance(bias, PointBias) else bias
+
+
 def _sizes(key_bias: Tensor | None) -> Tensor | None:
     return None if key_bias is None else key_bias.contiguous()
 
@@ -176,7 +227,7 @@ def _shared(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | PointBias | None,
     key_bias: Tensor | None,
     tiles: Tiles,
     grad: Tensor | None = None,
@@ -189,7 +240,12 @@ def _shared(
     values |= {"BQ": tiles.BQ, "BK": tiles.BK, "num_warps": tiles.warps, "num_stages": tiles.stages}
     values |= common_strides(unit, "bln", **tensors)
     steps = (0, 0, 0, 0)
-    if bias is not None:
+    if isinstance(bias, PointBias):
+        places = (t.float().contiguous() for t in bias[1:])
+        values |= {"table": bias.table.contiguous(), **dict(zip(("points", "row_at", "col_at"), places, strict=True))}
+        values |= {"table_height": bias.table.shape[1], "table_width": bias.table.shape[2], "map_width": len(bias.cols)}
+        values |= {"heads_each": q.shape[2] // bias.points.shape[2]}
+    elif bias is not None:
         four = bias[(None,) * (4 - bias.ndim)]
         steps = tuple(0 if n == 1 else four.stride(dim) for dim, n in enumerate(four.shape))  # type: ignore[assignment]
     values |= {f"bias_{axis}": step for axis, step in zip("bnls", steps, strict=True)}

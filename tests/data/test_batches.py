@@ -10,7 +10,7 @@ from vitzoo.data.batches import StepBatches, mix, reseed
 
 
 def indices(batches):
-    return [[index for index, _ in batch] for batch in batches]
+    return [[index for index, *_ in batch] for batch in batches]
 
 
 def flat(lists):
@@ -66,3 +66,24 @@ def test_reseed_reaches_all_three_generators():
         reseed(mix(7))
         drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
     assert drawn[0] == drawn[1]
+
+
+def test_repeated_augmentation_gives_copies_of_a_picture_seeds_of_their_own_and_processes_of_their_own():
+    batches = list(StepBatches(50, 12, seed=1, repeats=3))
+    assert len(batches) == 4
+    assert indices(batches)[0] == [i for i in indices(batches)[0][::3] for _ in range(3)]
+    assert len({seed for batch in batches for _, seed, _ in batch}) == 48
+    assert len({index for batch in batches for index, *_ in batch}) == 16
+    apart = list(StepBatches(50, 12, seed=1, repeats=3, rank=1, world=3))
+    assert indices(apart)[0] == indices(batches)[0][1::3]
+    once = list(StepBatches(50, 12, seed=1))
+    assert {item[:2] for item in once[0]} >= {item[:2] for item in batches[0][::3]}  # the first copy is drawn as without
+
+
+def test_a_size_belongs_to_a_batch_and_progresses_with_the_epochs():
+    drawn = StepBatches(53, 8, seed=3, sizes=(32, 48))
+    found = [{size for *_, size in batch} for epoch in range(4) for batch in drawn._batches(epoch, 0)]
+    assert {len(sizes) for sizes in found} == {1}
+    assert set().union(*found) == {32, 48}
+    growing = StepBatches(53, 8, seed=3, sizes=(32, 48, 64), epochs=7)
+    assert [growing._size(epoch, 0) for epoch in range(7)] == [32, 32, 32, 48, 48, 64, 64]

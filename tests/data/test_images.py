@@ -93,7 +93,7 @@ def test_an_unreadable_file_is_an_error_with_path_class_and_way_out(folder):
 
 def test_a_skipped_file_in_training_is_replaced_by_the_seeds_draw(folder):
     images, path = broken_set(folder, skip=True)
-    (first, label), (again, _) = images[2, 11], images[2, 11]
+    (first, label), (again, _) = images[2, 11, None], images[2, 11, None]
     np.testing.assert_array_equal(first, again)
     twins = [i for i in range(len(images)) if i != 2 and np.array_equal(np.asarray(images.picture(i)), first)]
     assert [images.labels[i] for i in twins] == [label]  # the stand-in comes with its own label

@@ -94,5 +94,5 @@ def test_a_checkpoint_of_another_model_is_refused(stored, words):
 def test_hyperparameters_are_plain_values():
     hparams = dict(task(kwargs={"mlp_ratio": 2.0}).hparams)
     assert hparams["kwargs"] == {"mlp_ratio": 2.0}
-    plain = (str, int, float, bool, dict, type(None))
+    plain = (str, int, float, bool, dict, list, type(None))
     assert all(isinstance(value, plain) for value in hparams.values())

@@ -92,7 +92,18 @@ class StepData(LightningDataModule):
     def _batches(self, position: tuple[int, int]) -> StepBatches:
         rank, world = self.world
         hp = self.hparams
-        return StepBatches(len(self.sets["train"]), hp.batch_size, hp.seed, rank=rank, world=world, position=position)
+        epochs = self.trainer.max_epochs if self.trainer is not None else None
+        return StepBatches(
+            len(self.sets["train"]),
+            hp.batch_size,
+            hp.seed,
+            rank=rank,
+            world=world,
+            position=position,
+            repeats=hp.get("repeats", 1),
+            sizes=hp.get("sizes", ()),
+            epochs=epochs if hp.get("progressive") else None,
+        )
 
     def names_of(self, epoch: int, batch: int) -> list[str]:
         """The pictures that this process saw in a training batch: paths where there are files, else numbers."""
@@ -100,7 +111,7 @@ class StepData(LightningDataModule):
         order = self._batches((epoch, batch))
         order.set_epoch(epoch)
         name = getattr(train, "name", lambda index: f"training picture {index}")
-        return [name(index) for index, _ in next(iter(order), [])]
+        return [name(index) for index, _, _ in next(iter(order), [])]
 
     def epoch_batches(self) -> int:
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0

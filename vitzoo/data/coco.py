@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .batches import reseed
+from .batches import Item, parts, reseed
 from .errors import UserError
 from .images import list_images, read_image
 from .scenes import SHAPES, Scene, scenes
@@ -280,8 +280,8 @@ class Annotated(Dataset):
             target["area"] = torch.tensor([objects.area[i] for i in chosen], dtype=torch.float32)
         return target
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        index, seed = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | Item) -> tuple[Tensor, dict[str, Any]]:
+        index, seed, _ = parts(item)
         if seed is not None:
             reseed(seed)
         pixels = self.pixels(index)

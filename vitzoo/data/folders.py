@@ -16,7 +16,7 @@ Split = list[tuple[str, int]]
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "valid")
 
 
-def find_splits(root: str, val_fraction: float = 0.1) -> tuple[list[str], dict[str, Split]]:
+def find_splits(root: str, val_fraction: float = 0.1, class_map: list[str] | None = None) -> tuple[list[str], dict[str, Split]]:
     """List a directory of pictures.
 
     Two layouts are known: ``root/train/<class>/...`` with ``root/val/<class>/...`` (and ``root/test/...`` where there
@@ -26,6 +26,8 @@ def find_splits(root: str, val_fraction: float = 0.1) -> tuple[list[str], dict[s
     Args:
         root: The directory.
         val_fraction: Used in the second layout only.
+        class_map: Names of the class folders in the order of their labels, those without a folder here too; None: natural
+            order of the training split's.
 
     Returns:
         The class names, and for "train", "val" and "test" the list of ``(path, label)``.
@@ -42,7 +44,7 @@ def find_splits(root: str, val_fraction: float = 0.1) -> tuple[list[str], dict[s
         )
     train = _first(base, _TRAIN)
     if train is None:
-        classes = _classes(base)
+        classes = _classes(base, class_map)
         kept, held = _hold_out(_pictures(base, classes), val_fraction)
         return classes, {"train": kept, "val": held, "test": held}
     val = _first(base, _VAL)
@@ -51,7 +53,7 @@ def find_splits(root: str, val_fraction: float = 0.1) -> tuple[list[str], dict[s
             f"{base} has {train.name}/ but no val/. Add val/ with the same class folders, or give "
             f"--data.root {train} to hold out a part of the training pictures."
         )
-    classes = _classes(train)
+    classes = _classes(train, class_map)
     splits = {"train": _pictures(train, classes), "val": _pictures(val, classes, train)}
     test = base / "test"
     has_classes = test.is_dir() and bool(class_folders(test))  # an unlabelled test/ is for ``predict``
@@ -63,8 +65,8 @@ def _first(base: Path, names: tuple[str, ...]) -> Path | None:
     return next((base / name for name in names if (base / name).is_dir()), None)
 
 
-def _classes(folder: Path) -> list[str]:
-    classes = class_folders(folder)
+def _classes(folder: Path, class_map: list[str] | None) -> list[str]:
+    classes = class_folders(folder) if class_map is None else class_map
     if len(classes) < 2:
         raise UserError(f"{folder} has {len(classes)} class folders and needs at least 2: one subfolder for each class.")
     return classes
@@ -76,8 +78,8 @@ def _pictures(folder: Path, classes: list[str], train: Path | None = None) -> Sp
     for name in class_folders(folder):
         if name not in labels:
             raise UserError(
-                f"{folder} has the class folder {name!r}, which {train} has not. Rename it to one of the {len(classes)} "
-                "classes there, or remove it."
+                f"{folder} has the class folder {name!r}, which {train or 'data.class_map'} has not. Rename it to one of the "
+                f"{len(classes)} classes there, or remove it."
             )
         found = list_images(folder / name)
         if not found:

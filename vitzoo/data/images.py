@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from .batches import reseed
+from .batches import Item, parts, reseed
 from .errors import UserError
 
 __all__ = ["EXTENSIONS", "DigitImages", "FolderImages", "Images", "class_folders", "list_images", "read_image"]
@@ -28,15 +28,16 @@ __all__ = ["EXTENSIONS", "DigitImages", "FolderImages", "Images", "class_folders
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 
 
-def read_image(path: str | Path, *, exif: bool = True) -> Image.Image:
+def read_image(path: str | Path | BinaryIO, *, exif: bool = True, name: str = "") -> Image.Image:
     """Read a picture of any kind as 8-bit RGB.
 
     16-bit grey is divided by 256 (Pillow alone clips it to white), of an animation the first frame is taken, an alpha
     channel is dropped as torchvision and timm do.
 
     Args:
-        path: The file.
+        path: The file, open or not.
         exif: Turn the picture as its EXIF orientation says. Published ImageNet figures are measured without.
+        name: What a message calls it; empty: its path.
 
     Returns:
         A picture of mode "RGB".
@@ -57,7 +58,7 @@ def read_image(path: str | Path, *, exif: bool = True) -> Image.Image:
                     image = Image.fromarray(np.clip(levels // 256, 0, 255).astype(np.uint8))
                 return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError, bomb errors, ...
-        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error})") from error
+        raise UserError(f"{name or path} cannot be read as a picture ({type(error).__name__}: {error})") from error
 
 
 def list_images(folder: str | Path) -> list[str]:
@@ -85,7 +86,7 @@ def class_folders(root: str | Path) -> list[str]:
 class Images(Dataset):
     """Pictures with labels; an item is ``(transformed picture, label)``.
 
-    An item of the training loader is asked for as ``(index, seed)`` and its augmentation drawn from that seed; an item
+    An item of the training loader is asked for as ``(index, seed, size)`` and its augmentation drawn from that seed; an item
     of an evaluation loader as ``index``.
 
     Args:
@@ -95,6 +96,7 @@ class Images(Dataset):
 
     def __init__(self, labels: list[int], transform: Callable[[Image.Image], Any]) -> None:
         self.labels, self.transform = labels, transform
+        self.transforms: dict[int, Callable[[Image.Image], Any]] = {}  # by size, where batches have several
 
     def picture(self, index: int) -> Image.Image:
         """The picture as RGB, before the transform."""
@@ -107,11 +109,12 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Any, int]:
-        index, seed = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | Item) -> tuple[Any, int]:
+        index, seed, size = parts(item)
         if seed is not None:
             reseed(seed)
-        return self.transform(self.picture(index)), self.labels[index]
+        transform = self.transform if size is None else self.transforms[size]
+        return transform(self.picture(index)), self.labels[index]
 
 
 @lru_cache(maxsize=1)
@@ -183,7 +186,7 @@ class FolderImages(Images):
     def picture(self, index: int) -> Image.Image:
         """The file as RGB; raises :class:`UserError` naming file, class and the way out."""
         try:
-            return read_image(self.paths[index], exif=self.exif)
+            return self.read(index)
         except UserError as error:
             self._broken[index] = True
             of_class = f", class {self.classes[self.labels[index]]!r}" if self.classes else ""
@@ -194,8 +197,8 @@ class FolderImages(Images):
         """Its path."""
         return self.paths[index]
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Any, int]:
-        index, seed = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | Item) -> tuple[Any, int]:
+        index, seed, size = parts(item)
         try:
             return super().__getitem__(item)
         except UserError:
@@ -206,10 +209,14 @@ class FolderImages(Images):
         draw = random.Random(seed)  # noqa: S311
         for _ in range(100):
             try:
-                return super().__getitem__((draw.randrange(len(self)), seed))
+                return super().__getitem__((draw.randrange(len(self)), seed, size))
             except UserError:
                 continue
         raise UserError(f"of 101 pictures drawn from the training set not one could be read; the last {self.paths[index]}.")
+
+    def read(self, index: int) -> Image.Image:
+        """The file as RGB."""
+        return read_image(self.paths[index], exif=self.exif)
 
     def forget(self) -> None:
         """Count from zero."""

@@ -12,6 +12,7 @@ from .base import StepData, workers
 from .errors import UserError
 from .folders import Split, find_splits
 from .images import DigitImages, FolderImages, Images, list_images
+from .sources import Source, SourceImages, find_sources, read_class_map
 from .transforms import eval_transform, train_transform
 
 __all__ = ["ImageData"]
@@ -23,11 +24,18 @@ class ImageData(StepData):
     Args:
         root: "digits" (1,797 handwritten digits that need no download; a folder of that name is ``./digits``), or a
             directory with ``train/`` and ``val/`` of class folders, or one of class folders alone.
+        dataset: What ``root`` holds: None: folders; "tar" or "wds": shards ``train*.tar`` and ``val*.tar``; "torch/NAME":
+            torchvision's set; "hfds/NAME": Hugging Face's.
+        download: Let the library of ``dataset`` fetch it.
+        class_map: File with the names of the classes, one a line, in the order of their labels.
         batch_size: Pictures in a step over all devices together; an optimiser's update sees this times
             ``trainer.accumulate_grad_batches``.
         num_workers: Processes that load; None: none for the digits, else a process per core, 8 at most.
         seed: Of the order of the pictures and of every augmentation; the command line sets it from ``seed_everything``.
         img_size: Pixels; None: the model's own input size.
+        sizes: Edges to train at, a batch has one of them; none: ``img_size``. Evaluation is at ``img_size``.
+        progressive: Take ``sizes`` in turn, each for its share of the epochs, instead of drawing one for each batch.
+        repeats: Times that a picture comes in an epoch, each augmented anew (repeated augmentation).
         val_fraction: Part of each class held out where there is no ``val/``.
         skip_corrupt: Count unreadable files and go on (training draws another picture in their place, evaluation counts
             them as wrong, prediction leaves the class empty); else the first one ends the run, named.
@@ -45,6 +53,8 @@ class ImageData(StepData):
         color_jitter: Strength; not used together with ``auto_augment`` (timm's rule).
         auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``.
         train_interpolation: "random", "bilinear" or "bicubic".
+        train_crop: "rrc" (random resized crop), "rkrc" (resized keeping the ratio, then cropped at random, as DeiT III does) or
+            "rkrr" (that, resized at random); None: the first.
         re_prob: Probability of erasing a random rectangle.
         re_mode: Its filling: "const", "rand" (a colour) or "pixel".
         re_count: How many.
@@ -56,10 +66,16 @@ class ImageData(StepData):
     def __init__(
         self,
         root: str = "digits",
+        dataset: str | None = None,
+        download: bool = False,
+        class_map: str | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
         img_size: int | None = None,
+        sizes: list[int] = [],  # noqa: B006 (never written; a list is what YAML gives)
+        progressive: bool = False,
+        repeats: int = 1,
         val_fraction: float = 0.1,
         skip_corrupt: bool = False,
         exif: bool = True,
@@ -68,7 +84,7 @@ class ImageData(StepData):
         crop_pct: float | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        scale: list[float] = [0.08, 1.0],  # noqa: B006 (never written; a list is what YAML gives)
+        scale: list[float] = [0.08, 1.0],  # noqa: B006
         ratio: list[float] = [0.75, 1.3333],  # noqa: B006
         hflip: float = 0.5,
         vflip: float = 0.0,
@@ -76,6 +92,7 @@ class ImageData(StepData):
         color_jitter: float | None = 0.4,
         auto_augment: str | None = None,
         train_interpolation: str = "random",
+        train_crop: str | None = None,
         re_prob: float = 0.0,
         re_mode: str = "pixel",
         re_count: int = 1,
@@ -83,10 +100,14 @@ class ImageData(StepData):
         super().__init__()
         self.save_hyperparameters()
         self.classes, self.splits = list(DigitImages.classes), dict[str, Split]()
-        if root != "digits":
-            self.classes, self.splits = find_splits(root, val_fraction)
+        self.sources: dict[str, Source] = {}
+        names = None if class_map is None else read_class_map(class_map)
+        if dataset is not None:
+            self.classes, self.sources = find_sources(dataset, root, download, names)
+        elif root != "digits":
+            self.classes, self.splits = find_splits(root, val_fraction, names)
         self.num_classes = len(self.classes)
-        self.num_workers = workers(num_workers, embedded=not self.splits)
+        self.num_workers = workers(num_workers, embedded=not self.splits and not self.sources)
         self.sets: dict[str, Images] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -97,8 +118,11 @@ class ImageData(StepData):
         if stage in ("fit", None) and "train" not in self.sets:
             keys = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count")
             augmentation = {key: hp[key] for key in keys}
-            augment = train_transform(config, affine=hp.affine, interpolation=hp.train_interpolation, **augmentation)
-            self.sets["train"] = self._make("train", augment)
+            augmentation |= {"interpolation": hp.train_interpolation, "train_crop_mode": hp.train_crop, "affine": hp.affine}
+            self.sets["train"] = self._make("train", train_transform(config, **augmentation))
+            for size in hp.sizes:
+                sized = {**config, "input_size": (config["input_size"][0], size, size)}
+                self.sets["train"].transforms[size] = train_transform(sized, **augmentation)
             self.enough()
         if stage != "predict":
             for split in ("test",) if stage == "test" else ("val",):
@@ -123,10 +147,12 @@ class ImageData(StepData):
         return resolve_data_config(given if given or model is not None else {"input_size": (3, 224, 224)}, model=model)
 
     def _make(self, split: str, transform: Any) -> Images:
+        settings = {"skip_corrupt": self.hparams.skip_corrupt, "exif": self.hparams.exif}
+        if self.sources:
+            return SourceImages(self.sources[split], self.classes, transform, **settings)
         if not self.splits:
             return DigitImages(split, transform)
-        samples: Split = self.splits[split]
-        return FolderImages(samples, self.classes, transform, skip_corrupt=self.hparams.skip_corrupt, exif=self.hparams.exif)
+        return FolderImages(self.splits[split], self.classes, transform, **settings)
 
     def teardown(self, stage: str | None = None) -> None:
         """Say how many files could not be read."""

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from .base import StepData, lists, workers
-from .batches import reseed
+from .batches import Item, parts, reseed
 from .coco import VOC_CLASSES
 from .errors import UserError
 from .images import list_images, read_image
@@ -268,8 +268,8 @@ class Labelled(Dataset):
         picture = self.pairs[index][0]
         return picture if isinstance(picture, np.ndarray) else np.array(read_image(picture, exif=self.exif))
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        index, seed = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | Item) -> tuple[Tensor, Tensor]:
+        index, seed, _ = parts(item)
         if seed is not None:
             reseed(seed)
         pixels, mask = self.pixels(index), self.pairs[index][1]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from timm.utils import adaptive_clip_grad
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -110,7 +111,8 @@ class Task(LightningModule):
     def learning_rates(self) -> dict[str, float]:
         """``lr``, ``warmup_lr`` and ``min_lr`` after scaling."""
         hp = self.hparams
-        return {key: scaled(hp[key], self.update_batch(), hp.lr_batch) for key in ("lr", "warmup_lr", "min_lr")}
+        batch, rule = self.update_batch(), hp.get("lr_rule", "linear")
+        return {key: scaled(hp[key], batch, hp.lr_batch, rule) for key in ("lr", "warmup_lr", "min_lr")}
 
     def make_optimizer(self, lr: float) -> Optimizer:
         """timm's optimiser over ``self.model``."""
@@ -152,6 +154,22 @@ class Task(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedules take the number of updates done."""
         scheduler.step(self.global_step)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by ``trainer.gradient_clip_val``, or adaptively by ``agc``."""
+        factor = self.hparams.get("agc")
+        if factor is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        if gradient_clip_val is not None:
+            raise UserError("model.agc and trainer.gradient_clip_val both clip gradients: give one of them.")
+        heads: Any = self.model.get_classifier()
+        found = heads if isinstance(heads, (tuple, list)) else [heads]
+        spared = {id(p) for head in found for p in head.parameters()}
+        learned = [p for p in self.model.parameters() if p.grad is not None and id(p) not in spared]
+        adaptive_clip_grad(learned, clip_factor=factor)
 
     def configure_callbacks(self) -> list[Callback]:
         """Weight averaging, where ``ema`` asks for it."""

@@ -14,10 +14,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 import vitzoo
 from vitzoo.data.errors import UserError
+from vitzoo.tasks import tuning
 from vitzoo.tasks.base import Task
 from vitzoo.tasks.losses import build_loss, build_mixup
 from vitzoo.tasks.predictions import Predictions
 from vitzoo.tasks.report import draw
+from vitzoo.tasks.teaching import KINDS, Teacher, TokenHead, distilled, places
+from vitzoo.tasks.tuning import load_weights
 
 __all__ = ["Classification"]
 
@@ -29,11 +32,14 @@ class Classification(Task):
         name: Model name, the zoo's or timm's.
         num_classes: Of the data; the command line takes it from there.
         pretrained: Start from published weights; a head for another number of classes starts new.
+        weights: Start from this file: a checkpoint of a run, or weights in any layout that the zoo knows; tables and positions
+            are resized where the image, the window or the kernel is another.
         kwargs: Further arguments of the model.
         drop_path: Stochastic depth; None: the model's default.
         optimizer: timm's name.
         lr: Peak learning rate, for ``lr_batch`` pictures an update where that is given.
         lr_batch: Scale ``lr``, ``warmup_lr`` and ``min_lr`` by (pictures an update / ``lr_batch``); None: do not.
+        lr_rule: "linear" or "sqrt", of that scaling.
         weight_decay: Not on what the model's ``no_weight_decay`` names, nor on biases and norms.
         layer_decay: Factor of the rate from each layer to the one below; None: one rate.
         optimizer_kwargs: Such as ``betas``, ``eps``, ``momentum``.
@@ -46,12 +52,28 @@ class Classification(Task):
         decay_epochs: Between the steps of schedule "step".
         decay_rate: Of schedule "step".
         loss: "ce" (softmax cross-entropy) or "bce" (a sigmoid for each class).
+        bce_threshold: Soft labels above it count as 1 and others as 0, with "bce"; None: as they are.
+        bce_sum: Sum "bce" over the classes instead of taking the mean.
         smoothing: Label smoothing.
         mixup: Alpha; 0: off.
         cutmix: Alpha; 0: off.
         mixup_prob: Probability of either in a batch.
         mixup_switch_prob: Probability of cutmix where both are on.
         mixup_mode: "batch", "pair" or "elem".
+        agc: Clip gradients by this share of their weights' norms, a unit at a time, the head's not (Brock et al. 2021); None:
+            by ``trainer.gradient_clip_val`` or not at all.
+        tune: "all"; "head": the classifier alone; "lora": the classifier and low-rank additions (needs peft).
+        frozen: Wildcards of parameter names not to train, such as ``stem.*``.
+        lora_rank: Of the additions.
+        lora_alpha: They are scaled by ``lora_alpha / lora_rank``.
+        lora_targets: Last parts of the names of the Linears that get one, separated by "|".
+        teacher: A model, the zoo's or timm's, to learn from as well; None: none.
+        teacher_weights: A file of weights for it; None: its published ones.
+        teacher_kwargs: Further arguments of it.
+        teacher_size: Edge of the pictures that it is shown; None: as the student sees them.
+        distill: "hard" (its decisions), "soft" (its probabilities) or "token" (its probabilities at each place of the map).
+        distill_weight: Share of "hard" or "soft" in the loss; factor of "token", which is added.
+        temperature: Of "soft".
         ema: Decay of the averaged weights; None: none. The average is what is evaluated and stored.
         compile: Run the model through ``torch.compile``.
         channels_last: Memory format of convolutions.
@@ -70,11 +92,13 @@ class Classification(Task):
         name: str,
         num_classes: int,
         pretrained: bool = False,
+        weights: str | None = None,
         kwargs: dict[str, Any] = {},  # noqa: B006 (never written; a dict is what YAML gives)
         drop_path: float | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
         lr_batch: int | None = None,
+        lr_rule: str = "linear",
         weight_decay: float = 0.05,
         layer_decay: float | None = None,
         optimizer_kwargs: dict[str, Any] = {},  # noqa: B006
@@ -87,12 +111,27 @@ class Classification(Task):
         decay_epochs: float = 30,
         decay_rate: float = 0.1,
         loss: str = "ce",
+        bce_threshold: float | None = None,
+        bce_sum: bool = False,
         smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
         mixup_mode: str = "batch",
+        agc: float | None = None,
+        tune: str = "all",
+        frozen: list[str] = [],  # noqa: B006
+        lora_rank: int = 8,
+        lora_alpha: float = 16.0,
+        lora_targets: str = "qkv|q|kv|proj",
+        teacher: str | None = None,
+        teacher_weights: str | None = None,
+        teacher_kwargs: dict[str, Any] = {},  # noqa: B006
+        teacher_size: int | None = None,
+        distill: str = "soft",
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
         ema: float | None = None,
         compile: bool = False,  # noqa: A002 (the key of the config)
         channels_last: bool = False,
@@ -101,7 +140,19 @@ class Classification(Task):
         super().__init__()
         self.save_hyperparameters()
         extra = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
-        self.model: Any = _create(name, pretrained, num_classes, extra)
+        self.model: Any = _create(name, pretrained and weights is None, num_classes, extra)
+        if weights is not None:
+            load_weights(self.model, weights)
+        tuning.tune(self.model, tune, frozen, lora_rank, lora_alpha, lora_targets)
+        self.teacher: Teacher | None = None
+        self.token_head: TokenHead | None = None
+        if teacher is not None:
+            if distill not in KINDS:
+                raise UserError(f"model.distill is {distill!r} and must be {', '.join(KINDS)}.")
+            if distill == "token":
+                self.token_head = TokenHead(self.model.num_features, num_classes)
+            if hasattr(self.model, "set_distilled_training"):
+                self.model.set_distilled_training(distill != "token")
         if grad_checkpointing:
             cast(Any, self.model).set_grad_checkpointing(True)
         if channels_last:
@@ -109,7 +160,8 @@ class Classification(Task):
         if compile:
             self.model.compile()
         self.mixup = build_mixup(mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode, smoothing, num_classes)
-        self.loss = build_loss(loss, smoothing, mixed=self.mixup is not None)
+        mixed = self.mixup is not None
+        self.loss = build_loss(loss, smoothing, mixed=mixed, threshold=bce_threshold, summed=bce_sum)
         tops: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, top_k=1, average="micro")}
         if num_classes >= 5:
             tops["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
@@ -127,6 +179,8 @@ class Classification(Task):
         """Refuse a model and data that do not belong together; one sentence each."""
         data = getattr(self.trainer, "datamodule", None)
         classes, hp = getattr(data, "num_classes", self.hparams.num_classes), self.hparams
+        if stage == "fit" and hp.teacher is not None and self.teacher is None:
+            self.teacher = Teacher(hp.teacher, hp.teacher_weights, hp.num_classes, dict(hp.teacher_kwargs), hp.teacher_size)
         if classes != hp.num_classes:
             raise UserError(
                 f"The model has num_classes={hp.num_classes} and the data has {classes} classes. "
@@ -147,12 +201,35 @@ class Classification(Task):
             images, labels = self.mixup(images, labels)
         if hasattr(self.model, "set_epoch"):  # a part of the model changes with the training, such as a keep rate
             self.model.set_epoch(self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches))
-        logits = self(images)
-        loss = self.loss(logits, labels)
+        logits, loss = self._learn(images, labels)
         if hasattr(self.model, "extra_loss"):  # what a part of the model learns beside the labels
             extra = self.model.extra_loss(images, labels, logits)
             loss = loss if extra is None else loss + extra
         return self.finished(loss, batch_idx)
+
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the loss with what the teacher adds."""
+        hp = self.hparams
+        if self.teacher is not None and self.token_head is not None:
+            final, maps = self.model.forward_intermediates(images, indices=1, norm=True)
+            logits = self.model.forward_head(final)
+            dense = places(self.token_head(maps[-1]), self.teacher.of_places(images))
+            return logits, self.loss(logits, labels) + hp.distill_weight * dense
+        found = self(images)
+        logits, pupil = found if isinstance(found, tuple) else (found, found)
+        loss = self.loss(logits, labels)
+        if self.teacher is not None:
+            said = distilled(pupil, self.teacher(images), hp.distill, hp.temperature)
+            loss = (1 - hp.distill_weight) * loss + hp.distill_weight * said
+        return logits, loss
+
+    def on_train_start(self) -> None:
+        """Put what is frozen into eval mode, and show the teacher how pictures are normalised."""
+        for module in tuning.resting(self.model):
+            module.eval()
+        if self.teacher is not None:
+            config = self.trainer.datamodule.data_config()
+            self.teacher.to(self.device, config["mean"], config["std"])
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch

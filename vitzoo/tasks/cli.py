@@ -21,6 +21,7 @@ from vitzoo.tasks.checkpointing import AtomicCheckpointIO, Checkpoints
 from vitzoo.tasks.classification import Classification
 from vitzoo.tasks.detection import Detection
 from vitzoo.tasks.history import History
+from vitzoo.tasks.optim import scaled
 from vitzoo.tasks.progress import Bar, Lines, say
 from vitzoo.tasks.segmentation import Segmentation
 
@@ -232,7 +233,9 @@ class Command(LightningCLI):
         update = data.batch_size * self.trainer.accumulate_grad_batches
         rate = f"{hp.lr:g}"
         if hp.lr_batch is not None:
-            rate = f"{hp.lr * update / hp.lr_batch:g} = {hp.lr:g} x {update} / {hp.lr_batch}"
+            rule = hp.get("lr_rule", "linear")
+            root = "" if rule == "linear" else f"{rule} of "
+            rate = f"{scaled(hp.lr, update, hp.lr_batch, rule):g} = {hp.lr:g} x {root}{update} / {hp.lr_batch}"
         say(
             f"{self.model.title}, {millions:.2f} M parameters, {self.datamodule.num_classes} classes from {data.root}; "
             f"{update} pictures an update, learning rate {rate}; into {out}/"

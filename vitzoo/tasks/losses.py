@@ -34,13 +34,15 @@ def build_mixup(
     )
 
 
-def build_loss(kind: str, smoothing: float, *, mixed: bool) -> nn.Module:
+def build_loss(kind: str, smoothing: float, *, mixed: bool, threshold: float | None = None, summed: bool = False) -> nn.Module:
     """Loss of logits ``[B, C]`` and labels: ``[B]``, or soft and already smoothed ``[B, C]`` where they are ``mixed``.
 
     Args:
         kind: "ce" or "bce".
         smoothing: Label smoothing.
         mixed: The labels come from mixup.
+        threshold: With "bce": labels above it are 1, others 0.
+        summed: With "bce": the sum over the classes instead of their mean.
 
     Returns:
         A module of (logits, labels) that returns the mean over the batch.
@@ -49,7 +51,7 @@ def build_loss(kind: str, smoothing: float, *, mixed: bool) -> nn.Module:
         UserError: Another kind.
     """
     if kind == "bce":
-        return BinaryCrossEntropy(smoothing=0.0 if mixed else smoothing)
+        return BinaryCrossEntropy(0.0 if mixed else smoothing, target_threshold=threshold, sum_classes=summed)
     if kind != "ce":
         raise UserError(f"model.loss is {kind!r} and must be 'ce' or 'bce'.")
     if mixed:

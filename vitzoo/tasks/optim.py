@@ -12,14 +12,20 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from vitzoo.data.errors import UserError
 from vitzoo.heads.maps import Maps, parameter_layers, undecayed
 
 __all__ = ["build_optimizer", "build_schedule", "dense_groups", "scaled", "updates_per_epoch"]
 
 
-def scaled(lr: float, batch: int, base_batch: int | None) -> float:
-    """The linear rule ``lr * batch / base_batch``; ``lr`` itself where no ``base_batch`` is given."""
-    return lr if base_batch is None else lr * batch / base_batch
+def scaled(lr: float, batch: int, base_batch: int | None, rule: str = "linear") -> float:
+    """``lr * (batch / base_batch)``, or its square root with the rule "sqrt"; ``lr`` itself where no ``base_batch`` is given.
+
+    UserError where the rule is another.
+    """
+    if rule not in ("linear", "sqrt"):
+        raise UserError(f"model.lr_rule is {rule!r} and must be 'linear' or 'sqrt'.")
+    return lr if base_batch is None else lr * (batch / base_batch) ** (1.0 if rule == "linear" else 0.5)
 
 
 def updates_per_epoch(batches: int, accumulate: int) -> int:

@@ -69,7 +69,7 @@ class StopRequest:
             array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
             job = f"{array}_{task}" if array and task else job
             try:
-                done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0  # noqa: S607
+                done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
             except OSError:
                 done = False
             say(f"job {job} is in the queue again" if done else f"scontrol could not requeue job {job}")

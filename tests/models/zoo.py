@@ -30,6 +30,7 @@ SMALL = {
     "smt": ("smt_micro",),
     "spectformer": ("spectformer_micro", "spectformer_h_micro"),
     "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224"),
+    "tap_adl": ("tap_fan_micro", "tap_rvt_micro"),
     "van": ("van_micro",),
     "twins": ("twins_micro",),
     "vit": ("vit_micro", "vit_small_patch14_reg4_dinov2"),
@@ -56,6 +57,8 @@ MICRO = (
     "spectformer_micro",
     "swin_micro",
     "swinv2_micro",
+    "tap_fan_micro",
+    "tap_rvt_micro",
     "van_micro",
     "vit_micro",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -73,6 +74,26 @@ class ConvNormStem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.conv2(self.act(self.conv1(image.permute(0, 2, 3, 1))))
+
+
+class DeepStem(nn.Sequential):
+    """3x3 convolutions with batch norm, GELUs between them: an image ``[B, in_chans, H, W]`` to a map ``[B, h, w, C]``.
+
+    Args:
+        in_chans: channels of the image.
+        widths: channels behind each convolution, the last ones C.
+        strides: of each convolution, 1 or 2; sizes are rounded up.
+    """
+
+    def __init__(self, in_chans: int, widths: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        for before, after, stride in zip((in_chans, *widths), widths, strides, strict=False):
+            if len(self):
+                self.append(nn.GELU())
+            self.append(ConvNorm(before, after, stride=stride))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image.permute(0, 2, 3, 1))
 
 
 def init_by_fan_out(module: nn.Module, linear: bool = False) -> None:

@@ -19,6 +19,7 @@ from vitzoo.models import (
     smt,
     spectformer,
     swin,
+    tap_adl,
     van,
     vit,
     twins,
@@ -60,6 +61,7 @@ __all__ = [
     "smt",
     "spectformer",
     "swin",
+    "tap_adl",
     "van",
     "vit",
 ]

@@ -14,83 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from vitzoo.layers.tap import DilationPredictor, diversification, pool_tokens
+from vitzoo.tokens._method import Method, Step, register
 from vitzoo.tokens._parts import QKV
 from vitzoo.tokens._schedule import check_layers
-from vitzoo.tokens._wrap import Method, State, Step, register
-
-
-class DilationPredictor(nn.Module):
-    """How much of each neighbourhood every place takes: ``[B, C, H, W]`` to ``[B, scales, H, W]``, which sum to 1.
-
-    Args:
-        dim: channels C.
-        scales: neighbourhoods, the place itself among them.
-        temperature: of the softmax.
-    """
-
-    def __init__(self, dim: int, scales: int, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.proj = nn.Sequential(
-            nn.Conv2d(dim, scales, 3, padding=1, bias=False),
-            nn.BatchNorm2d(scales),
-            nn.Conv2d(scales, scales, 3, padding=1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.proj(x) / self.temperature).softmax(dim=1)
-
-
-def dilated_mean(x: Tensor, dilation: int) -> Tensor:
-    """Mean over the 3x3 neighbours at a distance of ``dilation``, zeros beyond the border: ``[B, C, H, W]``, unchanged.
-
-    Rows, then columns: four additions instead of eight.
-    """
-    height, width = x.shape[-2:]
-    x = F.pad(x, (dilation,) * 4)
-    x = x[..., :height, :] + x[..., dilation : dilation + height, :] + x[..., 2 * dilation : 2 * dilation + height, :]
-    return (x[..., :width] + x[..., dilation : dilation + width] + x[..., 2 * dilation : 2 * dilation + width]) / 9
-
-
-def pool_tokens(x: Tensor, weight: Tensor) -> Tensor:
-    """Average every place over its own choice of neighbourhoods.
-
-    Args:
-        x: ``[B, C, H, W]``.
-        weight: ``[B, scales, H, W]``: of the place itself, then of the 3x3 means of dilation 1, 2, ...
-
-    Returns:
-        ``[B, C, H, W]``.
-    """
-    y = x * weight[:, :1]
-    for dilation in range(1, weight.shape[1]):
-        y = y + dilated_mean(x, dilation) * weight[:, dilation : dilation + 1]
-    return y
-
-
-def diversification(attention: Tensor, threshold: float = 2.0) -> Tensor:
-    """Mean cosine between what each query attends to and what all do together.
-
-    Args:
-        attention: ``[B, N, L, L]`` after the softmax.
-        threshold: entries up to ``threshold / L`` count as nothing.
-
-    Returns:
-        A scalar; smaller is more diverse.
-    """
-    each = attention.mean(dim=1)
-    together = each.mean(dim=1, keepdim=True)
-    least = threshold / attention.shape[-1]
-    each, together = (torch.where(t > least, t, 0.0) for t in (each, together))
-    return F.cosine_similarity(together, each, dim=-1).mean()
-
-
-def diversification_loss(attentions: Sequence[Tensor], threshold: float = 2.0) -> Tensor:
-    """ADL: ``diversification`` over the attention ``[B, N, L, L]`` of all blocks."""
-    return torch.stack([diversification(a, threshold) for a in attentions]).sum() / (len(attentions) + 1e-6)
+from vitzoo.tokens._state import State
 
 
 @register("tap")

@@ -24,6 +24,7 @@ from tests.golden.families import (
     smt,
     spectformer,
     swin,
+    tap_adl,
     tokens,
     van,
 )
@@ -49,6 +50,7 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "patchconvnet": patchconvnet.check,
     "glnet": glnet.check,
     "smt": smt.check,
+    "tap_adl": tap_adl.check,
     "ops": ops.check,
     **dict.fromkeys(("halonet", "botnet", "lambdanet"), byoanet.check),
     **dict.fromkeys(

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge, load, renamed
+from tests.golden.families import tap_adl
+from tests.golden.harness import GIVEN, OPS, Golden, Pair, judge, load, renamed
 from vitzoo import tokens
-from vitzoo.layers import Block, TokenAttention
+from vitzoo.layers import Block, TokenAttention, tap
 from vitzoo.models.vit import ViT
-from vitzoo.tokens import evit, tap, tome
+from vitzoo.tokens import evit, tome
 from vitzoo.tokens._map import TokenMap, complement
 
 ARGUMENTS = {
@@ -57,7 +58,7 @@ class watched:  # reads as the context that it is
         self.method = model.token_reduction
 
     def __enter__(self) -> dict[str, Any]:
-        self.context = tokens._wrap._watching(self.method, range(self.method.depth), self.method.depth)
+        self.context = tokens._method.watching(self.method, range(self.method.depth), self.method.depth)
         self.watch = self.context.__enter__()
         self.seen: dict[str, Any] = {}
         return self.seen
@@ -406,8 +407,8 @@ def tap_diversification(golden: Golden) -> Iterator[Pair]:
     yield from compare(golden, "", {"output": loss.view(1), "grad/input": x.grad})
 
 
-def tap_model(golden: Golden) -> Iterator[Pair]:
-    raise NotYet("FAN, the backbone of TAP's published models, is not in vitzoo yet; its pooling is compared alone")
+def tap_model(golden: Golden) -> list[Pair]:
+    return tap_adl.check(golden)
 
 
 # -- Sparsifiner ------------------------------------------------------------------------------------------------------

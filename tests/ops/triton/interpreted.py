@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.ops.triton import attend_cases, oracle, point_cases, product_cases, sample_cases
+from tests.ops.triton import attend_cases, oracle, point_cases, product_cases, routed_cases, sample_cases
 from vitzoo.patterns import (
     Pattern,
     Span,
@@ -119,7 +119,7 @@ def spans() -> dict[str, int]:
     return wrong
 
 
-OTHERS = (attend_cases, point_cases, product_cases, sample_cases)
+OTHERS = (attend_cases, point_cases, product_cases, routed_cases, sample_cases)
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"

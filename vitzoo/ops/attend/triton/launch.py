@@ -7,11 +7,13 @@ on every card of a generation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vitzoo.ops._triton import tuning
 from vitzoo.ops._triton.host import (
     ENOUGH_PROGRAMS,
     architecture,
@@ -44,17 +46,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# (pass, BLOCK_D, arch, dtype) -> Tiles, where a measurement beats the rule. None was made yet on a GPU.
-TUNED: dict[tuple, Tiles] = {}
-
-
 @functools.lru_cache(1024)
-def choose_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: int, at_points: bool = False) -> Tiles:
+def rule(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: int, at_points: bool = False) -> Tiles:
     """64 x 64 tokens where they fit, fewer for long rows and for tables read at points, no more than there are."""
     block_d, bits = max(16, power(D)), torch.finfo(dtype).bits
-    tuned = TUNED.get((name, block_d, arch, dtype, *(["at points"] if at_points else [])))
-    if tuned:
-        return tuned
     row = block_d * bits // 16  # 16-bit numbers of a row
     short = row <= 64 and bits == 16 and not at_points
     side = 64 if short else 32 if row <= 256 else 16
@@ -70,24 +65,51 @@ def choose_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: in
     return Tiles(partner, own, warps, stages) if name == "dkv" else Tiles(own, partner, warps, stages)
 
 
+def choose_tiles(name: str, q: Tensor, k: Tensor, bias: Any, key_bias: Tensor | None, run: Callable[[Tiles], object]) -> Tiles:
+    """The tiles of a pass, which `run` launches: the rule's, or what is known or measured to be faster."""
+    (_, L, _, D), S, at_points, arch = q.shape, k.shape[1], isinstance(bias, PointBias), architecture(q)
+    usual = rule(name, L, S, D, q.dtype, arch, at_points)
+    biases = "points" if at_points else "none" if bias is None else "bias"
+    lengths = (max(16, min(64, power(n))) for n in (L, S))  # a rule looks no further
+    key = ("attend", name, *lengths, max(16, power(D)), arch, q.dtype, biases, "keys" if key_bias is not None else "none")
+
+    def others() -> list[Tiles]:
+        own, partner = ("BK", "BQ") if name == "dkv" else ("BQ", "BK")
+        tokens, partners = getattr(usual, own), getattr(usual, partner)
+        found = [usual._replace(stages=3 - usual.stages)]
+        if tokens > 16:
+            found.append(usual._replace(**{own: tokens // 2}, warps=max(1, usual.warps // 2)))
+        if tokens < min(128, power(S if name == "dkv" else L)):
+            found.append(usual._replace(**{own: 2 * tokens}, warps=min(8, 2 * usual.warps)))
+        if partners < min(64, power(L if name == "dkv" else S)):
+            found.append(usual._replace(**{partner: 2 * partners}))
+        return found
+
+    return tuning.choose(key, usual, others, run)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | PointBias | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out `[B, L, N, D]` and lse `[B, L, N]`; arguments as those of `attend`, already validated and supported."""
     B, L, N, D = q.shape
     S = k.shape[1]
-    tiles = choose_tiles("forward", L, S, D, q.dtype, architecture(q), isinstance(bias, PointBias))
-    count = -(-L // tiles.BQ)
-    parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
-    out = torch.empty((parts, B, L, N, D), dtype=q.dtype if parts == 1 else torch.float32, device=q.device)
-    lse = torch.empty((parts, B, L, N), dtype=torch.float32, device=q.device)
-    if q.numel():
-        with on_device(q):
+
+    def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
+        count = -(-L // tiles.BQ)
+        parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
+        out = torch.empty((parts, B, L, N, D), dtype=q.dtype if parts == 1 else torch.float32, device=q.device)
+        lse = torch.empty((parts, B, L, N), dtype=torch.float32, device=q.device)
+        if q.numel():
             flash.flash_forward[(N * count * parts * B,)](
                 q, k, v, _pairs(bias), _sizes(key_bias), out, lse, **_shared(scale, q, k, v, bias, key_bias, tiles),
                 tiles=count, splits=parts, chunk=chunk, images=B,
             )  # fmt: skip
-    if parts == 1:
+        return out, lse
+
+    with on_device(q):
+        out, lse = run(choose_tiles("forward", q, k, bias, key_bias, run))
+    if len(out) == 1:
         return out[0], lse[0]
     merged = merge_lse(list(out.unbind(0)), list(lse.unbind(0)))
     return merged.to(q.dtype), torch.logsumexp(lse, 0)
@@ -112,7 +134,6 @@ def backward(
     """
     B, L, N, D = q.shape
     S, at_points = k.shape[1], isinstance(bias, PointBias)
-    arch = architecture(q)
     if not q.numel() or not S:
         zeros = [None if t is None else t.new_zeros(t.shape) for t in (*(bias[:2] if at_points else [bias]), key_bias)]
         dbias = tuple(zeros[:2]) if at_points else zeros[0]
@@ -128,8 +149,7 @@ def backward(
     def whole(part: Tensor) -> Tensor:
         return part[0] if len(part) == 1 else part.sum(0).to(q.dtype)
 
-    with on_device(q):
-        tiles = choose_tiles("dq", L, S, D, q.dtype, arch, at_points)
+    def by_queries(tiles: Tiles) -> Tensor:
         count = -(-L // tiles.BQ)
         parts, chunk = split(B * N * count, S, tiles.BK, LEAST_CHUNK)
         dq = empty(parts, L)
@@ -137,7 +157,9 @@ def backward(
             q, k, v, _pairs(bias), sizes, out, lse, grad, dlse, delta, dq,
             **_shared(scale, q, k, v, bias, key_bias, tiles, grad), tiles=count, splits=parts, chunk=chunk, images=B,
         )  # fmt: skip
-        tiles = choose_tiles("dkv", L, S, D, q.dtype, arch, at_points)
+        return dq
+
+    def by_keys(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         count = -(-S // tiles.BK)
         parts, chunk = split(B * N * count, L, tiles.BQ, LEAST_CHUNK)
         dk, dv = empty(parts, S), empty(parts, S)
@@ -150,8 +172,13 @@ def backward(
             **_shared(scale, q, k, v, bias, key_bias, tiles, grad), tiles=count, splits=parts, chunk=chunk, images=B,
             **({} if shares is None else {"dpoints": shares}),
         )  # fmt: skip
+        return dk, dv, dkey, shares
+
+    with on_device(q):
+        dq = by_queries(choose_tiles("dq", q, k, bias, key_bias, by_queries))
+        dk, dv, dkey, shares = by_keys(choose_tiles("dkv", q, k, bias, key_bias, by_keys))
         dbias = None
-        if at_points:
+        if shares is not None:
             dtable = _table_gradient(q, k, v, bias, key_bias, lse, grad, delta, scale)
             dbias = dtable, shares.sum(0).unflatten(2, (bias.points.shape[2], -1)).sum(3).to(bias.points.dtype)
         elif bias is not None:
@@ -175,14 +202,17 @@ def _bias_gradient(
     S = k.shape[1]
     four = bias[(None,) * (4 - bias.ndim)]
     dbias = torch.empty((four.shape[0], four.shape[1], L, S), dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("dbias", L, S, D, q.dtype, architecture(q))
-    count, key_tiles = -(-L // tiles.BQ), -(-S // tiles.BK)
     images, heads = (B if four.shape[0] == 1 else 1), (N if four.shape[1] == 1 else 1)
-    flash.flash_dbias[(key_tiles * count * (N // heads) * (B // images),)](
-        q, k, v, bias, _sizes(key_bias), lse, grad, delta, dbias, **_shared(scale, q, k, v, bias, key_bias, tiles, grad),
-        tiles=count, key_tiles=key_tiles, images_each=images, heads_each=heads,
-        to_b=dbias.stride(0) if four.shape[0] > 1 else 0, to_n=dbias.stride(1) if four.shape[1] > 1 else 0,
-    )  # fmt: skip
+
+    def run(tiles: Tiles) -> None:
+        count, key_tiles = -(-L // tiles.BQ), -(-S // tiles.BK)
+        flash.flash_dbias[(key_tiles * count * (N // heads) * (B // images),)](
+            q, k, v, bias, _sizes(key_bias), lse, grad, delta, dbias, **_shared(scale, q, k, v, bias, key_bias, tiles, grad),
+            tiles=count, key_tiles=key_tiles, images_each=images, heads_each=heads,
+            to_b=dbias.stride(0) if four.shape[0] > 1 else 0, to_n=dbias.stride(1) if four.shape[1] > 1 else 0,
+        )  # fmt: skip
+
+    run(choose_tiles("dbias", q, k, bias, key_bias, run))
     return dbias.view(bias.shape).to(bias.dtype)
 
 

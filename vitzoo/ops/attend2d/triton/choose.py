@@ -1,7 +1,7 @@
 """Which schedule runs a call, and with which tiles.
 
 The choice looks at shapes and the GPU's generation, never at how many multiprocessors it has: a call gives the same bits on
-every card of a generation. Tiles come from rules; `TUNED` holds what measurements know better. Everything here is integers,
+every card of a generation. Tiles come from rules; `vitzoo.ops._triton.tuning` may know better. Everything here is integers,
 cached by `Problem`, so that a call pays for its launches and not for its plans.
 """
 
@@ -31,9 +31,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# (schedule, pass, size_y, size_x, BLOCK_D, arch, dtype) -> Tiles, where a measurement beats the rule. None was made yet on a
-# GPU; an entry belongs here only with the benchmark's table in the commit.
-TUNED: dict[tuple, Tiles] = {}
+class Whole(NamedTuple):
+    """A partition's configuration: tile, warps, stages, and whether shifted runs are joined where they can be."""
+
+    TY: int
+    TX: int
+    warps: int
+    stages: int
+    joined: int
 
 
 class Problem(NamedTuple):
@@ -104,30 +109,61 @@ def partitions_backward(p: Problem) -> bool:
 
 
 @functools.lru_cache(1024)
-def partition_tiles(p: Problem, backward: bool) -> Tiles:
-    """One run a tile, its sides rounded up to powers of two; at least 16 tokens, which products need."""
-    name = "backward" if backward else "forward"
-    tuned = TUNED.get(("partition", name, p.rows.size, p.cols.size, p.block_d, p.arch, p.dtype))
-    if tuned:
-        return tuned
+def partition_rule(p: Problem, backward: bool) -> Whole:
+    """One run a tile, its sides rounded up to powers of two; several where one has less than the 16 tokens of a product."""
     y, x = power(p.rows.size), power(p.cols.size)
     x = max(x, 16 // y)
-    warps = max(1, y * x // 16)  # more would do the same work twice; on sm_100 see walk_tiles
+    warps = max(1, y * x // 16)  # more would do the same work twice; on sm_100 see walk_rule
     if p.arch >= 100 and not backward and p.block_d <= 64:
         warps = min(warps, 2)
     stages = 2 if p.block_d * p.bits <= 1024 else 1
-    return Tiles(y, x, y, x, warps, stages)
+    return Whole(y, x, warps, stages, int(joining_saves(p) > (1 if p.arch >= 90 else JOIN_FROM)))
+
+
+def partition_others(p: Problem, rule: Whole) -> list[Whole]:
+    """What else is worth timing."""
+    others = [rule._replace(stages=3 - rule.stages)]
+    if rule.warps > 1:
+        others.append(rule._replace(warps=rule.warps // 2))
+    if joining_saves(p) > 1:
+        others.append(rule._replace(joined=1 - rule.joined))
+    if rule.TY * rule.TX <= 32:  # several runs to a tile, or twice as many
+        others.append(rule._replace(TX=2 * rule.TX, warps=2 * rule.warps))
+    return others
+
+
+def partition_key(p: Problem, name: str, bias: bool) -> tuple:
+    sizes = p.rows.size, p.cols.size, round(10 * joining_saves(p))
+    return "attend2d", name, *sizes, p.block_d, p.arch, p.dtype, "bias" if bias else "none"
+
+
+JOIN_FROM = 1.4
+"""Before sm_90 runs are joined where cutting makes so many times as many tiles: there it takes a third more registers."""
+
+
+def can_join(span: Span, n: int) -> bool:
+    """Whether the places that the border leaves free in the last run hold what it leaves of the first."""
+    rest = (n - span.shift) % span.stride
+    return span.step == 1 and span.shift > 0 and n > span.shift and 0 < rest <= span.stride - span.shift
 
 
 @functools.lru_cache(1024)
-def walk_tiles(p: Problem, name: str) -> Tiles:
+def joining_saves(p: Problem) -> float:
+    """How many times as many tiles cut runs make as joined ones."""
+    saves = 1.0
+    for span, n in ((p.rows, p.H), (p.cols, p.W)):
+        if can_join(span, n):
+            joined = (n - span.shift) // span.stride + 1
+            saves *= (joined + 1) / joined
+    return saves
+
+
+@functools.lru_cache(1024)
+def walk_rule(p: Problem, name: str) -> Tiles:
     """Query tile (of walk_dkv: key tile) and the partner tile it steps through.
 
     Small tiles waste least where runs move with every query (neighborhoods); where many queries share a run, 64 of them do.
     """
-    tuned = TUNED.get(("walk", name, p.rows.size, p.cols.size, p.block_d, p.arch, p.dtype))
-    if tuned:
-        return tuned
     sides, moving = [], []
     for span, length, small in zip((p.rows, p.cols), p.lengths, (4, 8), strict=True):
         shared = span.stride > 4 or span.stride == span.size
@@ -153,6 +189,27 @@ def walk_tiles(p: Problem, name: str) -> Tiles:
     stages = 2 if p.block_d * p.bits <= 4096 else 1
     own, other = (own_y, own_x), (other_y, other_x)
     return Tiles(*other, *own, warps, stages) if name == "dkv" else Tiles(*own, *other, warps, stages)
+
+
+def walk_others(rule: Tiles, name: str) -> list[Tiles]:
+    """What else is worth timing: own tiles of half and twice the rows, partners of twice, another pipeline."""
+    own, partner = ("KY", "QY") if name == "dkv" else ("QY", "KY")
+    rows, tokens = getattr(rule, own), rule.KY * rule.KX if name == "dkv" else rule.QY * rule.QX
+    others = [rule._replace(stages=3 - rule.stages)]
+    if tokens > 16 and rows > 1:
+        others.append(rule._replace(**{own: rows // 2}, warps=max(1, rule.warps // 2)))
+    if tokens < 64:
+        others.append(rule._replace(**{own: 2 * rows}, warps=min(8, 2 * rule.warps)))
+    if rule.QY * rule.QX * rule.KY * rule.KX <= 1024:
+        others.append(rule._replace(**{partner: 2 * getattr(rule, partner)}))
+    return others
+
+
+def walk_key(p: Problem, name: str, bias: bool) -> tuple:
+    """Sizes count up to 64, and lengths up to 16: tiles look no further."""
+    spans = [min(n, 64) for span in (p.rows, p.cols) for n in (span.size, span.stride)]
+    lengths = [min(power(n), 16) for n in p.lengths]
+    return "attend2d", f"walk_{name}", *spans, *lengths, p.block_d, p.arch, p.dtype, "bias" if bias else "none"
 
 
 # ---- the arguments -----------------------------------------------------------------------------------------------------
@@ -188,15 +245,21 @@ def walk_constants(p: Problem, tiles: Tiles) -> dict[str, int]:
 
 
 @functools.lru_cache(1024)
-def partition_grid(p: Problem, tiles: Tiles) -> tuple[int, dict[str, int]]:
-    """As `query_grid`, with one run to a tile also where two would fit: places in a tile are then places in its run."""
-    count, values = grid_of(
-        p,
-        _spans.plan_queries(p.rows, p.H, min(tiles.QY, p.rows.stride)),
-        _spans.plan_queries(p.cols, p.W, min(tiles.QX, p.cols.stride)),
-    )
+def partition_grid(p: Problem, tiles: Whole) -> tuple[int, dict[str, int]]:
+    """As `query_grid`. Places in a tile are places in its run, or in each of the RUNS that it holds side by side."""
+    runs = max(1, tiles.TX // p.cols.size)
+    plans, wraps = [], {}
+    for axis, span, n, side in (("y", p.rows, p.H, p.rows.stride), ("x", p.cols, p.W, runs * p.cols.stride)):
+        wraps[f"wrap_{axis}"] = 1 << 30
+        if tiles.joined and runs == 1 and can_join(span, n):
+            wraps[f"wrap_{axis}"] = span.stride - span.shift
+            plans.append(_spans.Plan(span.shift, span.stride, 1, (n - span.shift) // span.stride + 1))
+        else:
+            plans.append(_spans.plan_queries(span, n, side))
+    count, values = grid_of(p, *plans)
     values = {name: value for name, value in values.items() if not name.startswith("per_")}
-    values |= {"reach_y": p.reach[0], "reach_x": p.reach[1], "TY": tiles.QY, "TX": tiles.QX, "STAGES": tiles.stages}
+    values |= wraps | {"RUNS": runs, "JOINED": int(min(wraps.values()) < 1 << 30)}
+    values |= {"reach_y": p.reach[0], "reach_x": p.reach[1], "TY": tiles.TY, "TX": tiles.TX, "STAGES": tiles.stages}
     return count, values | {"num_warps": tiles.warps}
 
 

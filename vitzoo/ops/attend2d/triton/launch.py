@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from vitzoo.ops._triton import tuning
 from vitzoo.ops._triton.host import common_strides, common_unit, on_device, power, precision, readable
 from vitzoo.ops.attend2d.triton import _spans, choose, partition, walk
-from vitzoo.ops.attend2d.triton.choose import Problem, Tiles
+from vitzoo.ops.attend2d.triton.choose import Problem, Tiles, Whole
 from vitzoo.patterns import Pattern
 
 PARTIALS = 1 << 21  # at most about this many fp32 numbers of bias-gradient partials: 8 MB,
@@ -23,27 +26,38 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | No
         return out, lse
     bias = None if bias is None else bias.contiguous()
     unit = common_unit(q, k, v)
-    shared = {
-        "scale": scale,
-        "UNIT": unit,
-        "PRECISION": precision(p.dtype),
-        **common_strides(unit, "byxn", q=q, k=k, v=v),
-        **choose.geometry(p),
-    }
+    shared = {"scale": scale, "UNIT": unit, "PRECISION": precision(p.dtype)}
+    shared |= common_strides(unit, "byxn", q=q, k=k, v=v) | choose.geometry(p)
+
+    def by_partition(tiles: Whole) -> None:
+        count, plan = choose.partition_grid(p, tiles)
+        run = choose.partition_run(count * p.N)
+        partition.partition_forward[(p.N * -(-count // run),)](q, k, v, bias, out, lse, **shared, **plan, tiles=count, RUN=run)
+
+    def by_walk(tiles: Tiles) -> None:
+        count, plan = choose.query_grid(p, tiles)
+        table, wide = wide_table(p, bias, tiles)
+        walk.walk_forward[(p.N * count,)](q, k, v, table, out, lse, **shared, **wide, **plan)
+
     with on_device(q):
         if choose.partitions(p):
-            tiles = choose.partition_tiles(p, backward=False)
-            count, plan = choose.partition_grid(p, tiles)
-            run = choose.partition_run(count * p.N)
-            partition.partition_forward[(p.N * -(-count // run),)](
-                q, k, v, bias, out, lse, **shared, **plan, tiles=count, RUN=run
-            )
+            by_partition(partition_tiles(p, "forward", bias, by_partition))
         else:
-            tiles = choose.walk_tiles(p, "forward")
-            count, plan = choose.query_grid(p, tiles)
-            table, wide = wide_table(p, bias, tiles)
-            walk.walk_forward[(p.N * count,)](q, k, v, table, out, lse, **shared, **wide, **plan)
+            by_walk(walk_tiles(p, "forward", bias, by_walk))
     return out, lse
+
+
+def partition_tiles(p: Problem, name: str, bias: Tensor | None, run: Callable[[Whole], object]) -> Whole:
+    """The tiles of a pass of the schedule for partitions, which `run` launches."""
+    rule = choose.partition_rule(p, name == "backward")
+    key = choose.partition_key(p, name, bias is not None)
+    return tuning.choose(key, rule, lambda: choose.partition_others(p, rule), run)
+
+
+def walk_tiles(p: Problem, name: str, bias: Tensor | None, run: Callable[[Tiles], object]) -> Tiles:
+    """The same for the walk."""
+    rule = choose.walk_rule(p, name)
+    return tuning.choose(choose.walk_key(p, name, bias is not None), rule, lambda: choose.walk_others(rule, name), run)
 
 
 def backward(
@@ -77,18 +91,22 @@ def backward(
 
 def _partition_backward(p, q, k, v, bias, scale, out, lse, grad, dlse, dq, dk, dv, dbias) -> None:
     unit = common_unit(q, k, v, grad)
-    tiles = choose.partition_tiles(p, backward=True)
-    count, plan = choose.partition_grid(p, tiles)
-    run = choose.partition_run(count * p.N)
-    programs = -(-count // run)
     EY, EX, blocks = choose.table_blocks(p)  # a table of runs of at most 64 tokens is one block
-    partials = None if dbias is None else q.new_empty((programs, p.N, EY, EX), dtype=torch.float32)
-    partition.partition_backward[(p.N * programs,)](
-        q, k, v, bias, lse, grad, dlse, dq, dk, dv, partials, scale, UNIT=unit, PRECISION=precision(p.dtype),
-        **common_strides(unit, "byxn", q=q, k=k, v=v, g=grad), **choose.geometry(p), **plan, tiles=count, RUN=run, EY=EY, EX=EX,
-    )  # fmt: skip
-    if dbias is not None:
-        sum_into(partials, dbias, *blocks[0])
+
+    def run(tiles: Whole) -> None:
+        count, plan = choose.partition_grid(p, tiles)
+        each = choose.partition_run(count * p.N)
+        programs = -(-count // each)
+        partials = None if dbias is None else q.new_empty((programs, p.N, EY, EX), dtype=torch.float32)
+        partition.partition_backward[(p.N * programs,)](
+            q, k, v, bias, lse, grad, dlse, dq, dk, dv, partials, scale, UNIT=unit, PRECISION=precision(p.dtype),
+            **common_strides(unit, "byxn", q=q, k=k, v=v, g=grad), **choose.geometry(p), **plan, tiles=count, RUN=each,
+            EY=EY, EX=EX,
+        )  # fmt: skip
+        if partials is not None:
+            sum_into(partials, dbias, *blocks[0])
+
+    run(partition_tiles(p, "backward", bias, run))
 
 
 def _walk_backward(p, q, k, v, bias, scale, out, lse, grad, dlse, dq, dk, dv, dbias) -> None:
@@ -96,36 +114,44 @@ def _walk_backward(p, q, k, v, bias, scale, out, lse, grad, dlse, dq, dk, dv, db
     shared = {"scale": scale, "UNIT": unit, "PRECISION": precision(p.dtype)}
     shared |= common_strides(unit, "byxn", q=q, k=k, v=v, g=grad) | choose.geometry(p)
     delta = torch.empty_like(lse)
-    tiles, key_tiles = choose.walk_tiles(p, "dq" if dbias is None else "dq_dbias"), choose.walk_tiles(p, "dkv")
-    table, wide = wide_table(p, bias, tiles, key_tiles)
-    count, plan = choose.query_grid(p, tiles)
     EY, EX, blocks = choose.table_blocks(p)
-    run, partials = 1, None
-    passes = [(None, True)]  # (first entry of the block of dbias that a pass sums, whether it writes delta and dq)
-    if dbias is not None:
-        run = -(-count * p.N // max(LEAST_PROGRAMS, PARTIALS // (EY * EX)))
-        partials = q.new_empty((-(-count // run), p.N, EY, EX), dtype=torch.float32)
-        passes = [(block, number == 0) for number, block in enumerate(blocks)]
-        if p.block_d * p.bits >= 4096:  # long rows: dq and dbias together do not fit the registers
-            passes = [(None, True), *((block, False) for block in blocks)]
-    for block, write in passes:
-        y, x = block or (0, 0)
-        each = run if block else 1
-        walk.walk_dq[(p.N * -(-count // each),)](
-            q, k, v, table, out, lse, grad, dlse, delta, dq, partials if block else None,
-            **shared, **wide, **plan, tiles=count,
-            middle_y=p.reach[0] - y, middle_x=p.reach[1] - x, RUN=each, EY=EY, EX=EX, WRITE_DQ=int(write),
-        )  # fmt: skip
-        if block:
-            sum_into(partials, dbias, y, x)
-    count, plan = choose.key_grid(p, key_tiles)
-    walk.walk_dkv[(p.N * count,)](q, k, v, table, lse, grad, delta, dk, dv, **shared, **wide, **plan)
+    name = "dq" if dbias is None else "dq_dbias"
+
+    def by_queries(tiles: Tiles) -> None:
+        count, plan = choose.query_grid(p, tiles)
+        table, wide = wide_table(p, bias, tiles)
+        run, partials = 1, None
+        passes = [(None, True)]  # (first entry of the block of dbias that a pass sums, whether it writes delta and dq)
+        if dbias is not None:
+            run = -(-count * p.N // max(LEAST_PROGRAMS, PARTIALS // (EY * EX)))
+            partials = q.new_empty((-(-count // run), p.N, EY, EX), dtype=torch.float32)
+            passes = [(block, number == 0) for number, block in enumerate(blocks)]
+            if p.block_d * p.bits >= 4096:  # long rows: dq and dbias together do not fit the registers
+                passes = [(None, True), *((block, False) for block in blocks)]
+        for block, write in passes:
+            y, x = block or (0, 0)
+            each = run if block else 1
+            walk.walk_dq[(p.N * -(-count // each),)](
+                q, k, v, table, out, lse, grad, dlse, delta, dq, partials if block else None,
+                **shared, **wide, **plan, tiles=count,
+                middle_y=p.reach[0] - y, middle_x=p.reach[1] - x, RUN=each, EY=EY, EX=EX, WRITE_DQ=int(write),
+            )  # fmt: skip
+            if block:
+                sum_into(partials, dbias, y, x)
+
+    def by_keys(tiles: Tiles) -> None:
+        count, plan = choose.key_grid(p, tiles)
+        table, wide = wide_table(p, bias, tiles)
+        walk.walk_dkv[(p.N * count,)](q, k, v, table, lse, grad, delta, dk, dv, **shared, **wide, **plan)
+
+    by_queries(walk_tiles(p, name, bias, by_queries))
+    by_keys(walk_tiles(p, "dkv", bias, by_keys))
 
 
-def wide_table(p: Problem, bias: Tensor | None, *tiles: Tiles) -> tuple[Tensor | None, dict[str, int]]:
+def wide_table(p: Problem, bias: Tensor | None, tiles: Tiles) -> tuple[Tensor | None, dict[str, int]]:
     """The bias table with margins for `tiles`, and how far it reaches, as the walk's arguments."""
     # partners overshoot their rectangle by less than a tile; queries or keys that do not exist lie up to a tile before it
-    margins = max(t.QY + t.KY for t in tiles), max(t.QX + t.KX for t in tiles)
+    margins = tiles.QY + tiles.KY, tiles.QX + tiles.KX
     wide = {f"wide_{axis}": reach + margin for axis, reach, margin in zip("yx", p.reach, margins, strict=True)}
     if bias is None:
         return None, wide

@@ -3,6 +3,7 @@
 `attend2d` attends along a `vitzoo.patterns.Pattern` on a map, `attend` among token sequences, `attend_routed` from regions of a
 map to chosen ones; `merge_lse` joins disjoint key sets, `sample2d` reads a map between its tokens. `linear_attend` attends
 without a softmax, `channel_attend` among channels.
+`match` finds each token's best partner, `merge_tokens` brings tokens together and `unmerge_tokens` hands them out again.
 `explain` says which implementation would run and why not the others; `using` fixes one for a block of code.
 """
 
@@ -17,7 +18,11 @@ from vitzoo.ops.channel_attend import registration as _channel_registration  # n
 from vitzoo.ops.channel_attend.api import channel_attend
 from vitzoo.ops.linear_attend import registration as _linear_registration  # noqa: F401
 from vitzoo.ops.linear_attend.api import linear_attend
+from vitzoo.ops.match import registration as _match_registration  # noqa: F401
+from vitzoo.ops.match.api import match
 from vitzoo.ops.merge import merge_lse
+from vitzoo.ops.merge_tokens import registration as _merge_tokens_registration  # noqa: F401
+from vitzoo.ops.merge_tokens.api import merge_tokens, unmerge_tokens
 from vitzoo.ops.sample2d import registration as _sample2d_registration  # noqa: F401  defines torch.ops.vitzoo.sample2d
 from vitzoo.ops.sample2d.api import sample2d
 
@@ -29,7 +34,10 @@ __all__ = [
     "channel_attend",
     "explain",
     "linear_attend",
+    "match",
     "merge_lse",
+    "merge_tokens",
     "sample2d",
+    "unmerge_tokens",
     "using",
 ]

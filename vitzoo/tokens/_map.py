@@ -7,32 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def rows(x: Tensor, index: Tensor) -> Tensor:
-    """``x[b, index[b, i]]`` for tokens ``[B, N, ...]`` and ``[B, M]``: whole rows, copied as such (a CPU likes that)."""
-    if _single(x):
-        return x[0].index_select(0, index[0])[None]
-    flat = x.reshape(-1, *x.shape[2:]).index_select(0, _flat(index, x.shape[1]))
-    return flat.view(*index.shape, *x.shape[2:])
-
-
-def add_rows(y: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    """``y[b, index[b, i]] += x[b, i]``, repeated indices included; ``y`` is written and returned."""
-    if _single(y):
-        y[0].index_add_(0, index[0], x[0])
-    else:
-        y.view(-1, *y.shape[2:]).index_add_(0, _flat(index, y.shape[1]), x.reshape(-1, *x.shape[2:]))
-    return y
-
-
-def _single(x: Tensor) -> bool:
-    """One image, in eager mode: its indices need no offsets, and each operation less counts in its latency."""
-    return not torch.compiler.is_compiling() and x.shape[0] == 1
-
-
-def _flat(index: Tensor, length: int) -> Tensor:
-    """Indices into images of ``length`` tokens as indices into all of them, one after the other: ``[B * M]``."""
-    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).view(-1)
+from vitzoo.ops import merge_tokens, unmerge_tokens
+from vitzoo.ops.merge_tokens.rows import add_rows, rows
 
 
 class TokenMap(NamedTuple):
@@ -110,17 +86,11 @@ class TokenMap(NamedTuple):
         else:
             old, moving = size.gather(1, self.kept), size.gather(1, self.moved)
         new = old.scatter_add(1, self.into, moving)
-        share = (moving / new.gather(1, self.into)).to(x.dtype)
-        y = rows(x, self.kept)
-        # the few hosts go towards what joins them, so that the many others are copied and no more
-        towards = (rows(x, self.moved) - rows(y, self.into)) * share[..., None]
-        return add_rows(y, self.into, towards), new
+        return merge_tokens(x, self.kept, self.moved, self.into, moving / new.gather(1, self.into)), new
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Give every old token the value of what stands for it: ``[B, M, ...]`` to ``[B, N, ...]``; zeros for dropped ones."""
-        source = self.source
-        here = (source >= 0).view(*source.shape, *(1,) * (y.ndim - 2))
-        return torch.where(here, rows(y, source.clamp(min=0)), 0)
+        return unmerge_tokens(y.flatten(2) if y.ndim > 2 else y[..., None], self.source).view(y.shape[0], -1, *y.shape[2:])
 
 
 def keep_only(kept: Tensor, length: int, made: int = 0) -> TokenMap:

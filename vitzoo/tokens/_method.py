@@ -79,7 +79,8 @@ class Method:
             x, policy = rows(state.x, tokens.kept), alive.to(state.x.dtype)
             state = state.advance(tokens, x, follow=self.follow, alive=alive, policy=policy)
             h, qkv = rows(h, tokens.kept), qkv._replace(q=rows(qkv.q, tokens.kept))
-        y = parts.output(self.attend(step, keys, qkv), h)
+        out, qkv = self.weigh(step, keys, qkv)
+        y = parts.output(out, h)
         return self.between(step, state._replace(x=parts.add(state.x, y)), qkv)
 
     def read(self, step: Step, x: Tensor) -> Tensor:
@@ -89,6 +90,10 @@ class Method:
     def attend(self, step: Step, state: State, qkv: QKV) -> Tensor:
         """Attention ``[B, L, N, D]`` over the tokens of ``state``, which are the keys."""
         return softmax_attend(qkv, log_size(state))
+
+    def weigh(self, step: Step, state: State, qkv: QKV) -> tuple[Tensor, QKV]:
+        """``attend``, and q, k, v with what ``between`` wants to know of it."""
+        return self.attend(step, state, qkv), qkv
 
     def queries(self, step: Step, state: State, qkv: QKV) -> tuple[TokenMap, Tensor] | None:
         """Tokens that alone go on as queries, and which of the places are not padding; None: all do."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitzoo.layers import Block, TokenAttention
 from vitzoo.ops import attend
+from vitzoo.ops.attend.api import computes_lse
 
 
 class NotReducibleError(ValueError):
@@ -23,13 +24,17 @@ class NotReducibleError(ValueError):
 
 
 class QKV(NamedTuple):
-    """What attention works on: q, k, v ``[B, L, N, D]``, normalised and rotated, and the factor of q . k."""
+    """What attention works on: q, k, v ``[B, L, N, D]``, normalised and rotated, and the factor of q . k.
+
+    ``lse``: the log-sum-exp of the class token's scores ``[B, N]``, where attention has computed it.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
     dropout: float = 0.0
+    lse: Tensor | None = None
 
 
 class Parts:
@@ -145,7 +150,7 @@ class Parts:
 
 def softmax_attend(qkv: QKV, key_bias: Tensor | None = None) -> Tensor:
     """Attention of q to k and v, a bias ``[B, S]`` on the keys: ``[B, L, N, D]``."""
-    q, k, v, scale, dropout = qkv
+    q, k, v, scale, dropout, _ = qkv
     if dropout:
         mask = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -153,14 +158,23 @@ def softmax_attend(qkv: QKV, key_bias: Tensor | None = None) -> Tensor:
     return attend(q, k, v, key_bias=key_bias, scale=scale)
 
 
+def attend_with_lse(qkv: QKV, key_bias: Tensor | None = None) -> tuple[Tensor, QKV]:
+    """``softmax_attend``, and the same q, k, v with the class token's log-sum-exp where that costs nothing."""
+    if qkv.dropout or not computes_lse(qkv.q, qkv.k, qkv.v, key_bias=key_bias, scale=qkv.scale):
+        return softmax_attend(qkv, key_bias), qkv
+    out, lse = attend(qkv.q, qkv.k, qkv.v, key_bias=key_bias, scale=qkv.scale, return_lse=True)
+    return out, qkv._replace(lse=lse[:, 0])
+
+
 def class_attention(qkv: QKV, key_bias: Tensor | None = None) -> Tensor:
     """What the class token (token 0) attends to: ``[B, N, S]``, one row of every head's softmax, in at least fp32.
 
-    One product of one query with the keys: no attention matrix.
+    One product of one query with the keys: no attention matrix, and no second softmax where attention has left its
+    log-sum-exp.
     """
     q, k = qkv.q, qkv.k
     scores = (q[:, :1] * qkv.scale * k).sum(dim=-1).transpose(1, 2)  # [B, N, S]; a matrix product would copy k first
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if key_bias is not None:
         scores = scores + key_bias[:, None, :]
-    return scores.softmax(dim=-1)
+    return scores.softmax(dim=-1) if qkv.lse is None else (scores - qkv.lse[..., None]).exp()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitzoo.tokens._map import keep_only, protect, rows
 from vitzoo.tokens._method import Method, Step, log_size, register
-from vitzoo.tokens._parts import QKV, NotReducibleError, class_attention
+from vitzoo.tokens._parts import QKV, NotReducibleError, attend_with_lse, class_attention
 from vitzoo.tokens._schedule import KeepRate, check_layers, check_rate, pruning_layers
 from vitzoo.tokens._state import State
 
@@ -80,6 +80,9 @@ class EViT(Method):
     def divides(self, step: Step, state: State) -> bool:
         patches = state.x.shape[1] - self.prefix
         return step.layer in self.rates and self.kept(step, patches) < patches
+
+    def weigh(self, step: Step, state: State, qkv: QKV) -> tuple[Tensor, QKV]:
+        return attend_with_lse(qkv, log_size(state))
 
     def between(self, step: Step, state: State, qkv: QKV) -> State:
         x, prefix = state.x, self.prefix

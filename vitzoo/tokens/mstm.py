@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitzoo.layers import Linear
+from vitzoo.ops import match
 from vitzoo.tokens._map import TokenMap, complement, protect, rows
 from vitzoo.tokens._method import Method, Step, log_size, register
-from vitzoo.tokens._parts import QKV, class_attention
+from vitzoo.tokens._parts import QKV, attend_with_lse, class_attention
 from vitzoo.tokens._schedule import check_layers, check_rate, pruning_layers
 from vitzoo.tokens._state import State
 from vitzoo.tokens.evit import attentive_tokens
@@ -42,7 +43,7 @@ def merge_into_crucial(x: Tensor, crucial: Tensor, prefix: int) -> TokenMap:
     """
     patches = F.normalize(x[:, prefix:], dim=-1)
     others = complement(crucial, patches.shape[1])
-    host = (rows(patches, others) @ rows(patches, crucial).transpose(1, 2)).argmax(dim=-1)
+    _, host = match(rows(patches, others), rows(patches, crucial))
     return TokenMap(protect(crucial, prefix), others + prefix, host + prefix, x.shape[1])
 
 
@@ -99,11 +100,13 @@ class MultiScaleTokenMergence(Method):
         shrinks = step.layer in self.where and self.kept(state) < state.x.shape[1] - self.prefix
         return shrinks or state.size is not None
 
+    def weigh(self, step: Step, state: State, qkv: QKV) -> tuple[Tensor, QKV]:
+        return attend_with_lse(qkv, log_size(state))
+
     def between(self, step: Step, state: State, qkv: QKV) -> State:
         if step.layer not in self.where:
             return state
         scores = class_attention(qkv, log_size(state)).mean(dim=1)[:, self.prefix :]
         tokens = merge_into_crucial(state.x, attentive_tokens(scores, self.kept(state)), self.prefix)
-        size = state.x.new_ones(state.x.shape[:2], dtype=torch.float32) if state.size is None else state.size
-        x, size = tokens.average(state.x, size)
+        x, size = tokens.average(state.x, state.size)
         return state.advance(tokens, x, follow=self.follow, size=size)

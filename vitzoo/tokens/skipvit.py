@@ -13,9 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from vitzoo.tokens._map import keep_only, protect, rows
-from vitzoo.tokens._method import Method, Step, register
-from vitzoo.tokens._parts import QKV, class_attention
+from vitzoo.tokens._method import Method, Step, log_size, register
+from vitzoo.tokens._parts import QKV, attend_with_lse, class_attention
 from vitzoo.tokens._schedule import check_layers, check_rate
 from vitzoo.tokens._state import State
 from vitzoo.tokens.evit import attentive_tokens
@@ -65,6 +67,9 @@ class SkipViT(Method):
             return False
         wanted = self.eval_skip or bool(step.parts.block.training)
         return wanted and self.kept(state.patches) < state.patches
+
+    def weigh(self, step: Step, state: State, qkv: QKV) -> tuple[Tensor, QKV]:
+        return attend_with_lse(qkv, log_size(state))
 
     def between(self, step: Step, state: State, qkv: QKV) -> State:
         scores = class_attention(qkv).mean(dim=1)[:, self.prefix :].detach()

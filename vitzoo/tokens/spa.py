@@ -127,7 +127,7 @@ class SPA(Method):
         selected = torch.cat([x.new_ones(batch, self.prefix, dtype=torch.bool), chosen.detach() > 0.5], dim=1)
         packed = pack(selected)
         h = (parts.read(x) * weight[..., None]).reshape(batch * length, channels).index_select(0, packed.place)
-        q, k, v, scale, _ = parts.project(h[None], None)
+        q, k, v, scale, *_ = parts.project(h[None], None)
         out = packed_attend(q[0], k[0], v[0], packed.image, self.container or length, scale)
         y = parts.output(out[None], h[None])[0]
         whole = y.new_zeros(batch * length, channels).index_copy(0, packed.place, y)

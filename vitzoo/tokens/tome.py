@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitzoo.ops import match
 from vitzoo.tokens._map import TokenMap
 from vitzoo.tokens._method import Method, Step, log_size, register
 from vitzoo.tokens._parts import QKV, softmax_attend
@@ -42,7 +43,7 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int = 1) -> TokenMap | No
         return None
     m = metric / metric.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
     first, second = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first tokens of both sets that may merge
-    best, host = torch.bmm(m[:, first::2], m[:, second::2].transpose(1, 2)).max(dim=-1)
+    best, host = match(m[:, first::2], m[:, second::2])
     order = best.argsort(dim=-1, descending=True)
     places = torch.arange(length, device=metric.device).expand(metric.shape[0], -1)
     ranked = places[:, first::2].gather(1, order)
@@ -93,7 +94,7 @@ def random_matching(metric: Tensor, r: int, noise: Tensor | None = None) -> Toke
 def _into_best(metric: Tensor, moved: Tensor, kept: Tensor) -> TokenMap:
     m = metric / metric.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
     a, b = (torch.take_along_dim(m, index[..., None], dim=1) for index in (moved, kept))
-    return TokenMap(kept, moved, (a @ b.transpose(1, 2)).argmax(dim=-1), metric.shape[1])
+    return TokenMap(kept, moved, match(a, b)[1], metric.shape[1])
 
 
 @register("tome")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitzoo.ops import match
 from vitzoo.tokens._map import TokenMap, add_rows, complement, protect, rows
 from vitzoo.tokens._method import register
 from vitzoo.tokens._state import State
@@ -38,8 +39,8 @@ def squeeze(kept: Tensor, pruned: Tensor, temperature: float = 1.0) -> tuple[Ten
     Returns:
         ``[B, K, C]``, differentiable in both through similarities too, and the host ``[B, R]`` of each pruned token.
     """
-    best, host = (directions(pruned) @ directions(kept).transpose(1, 2) / temperature).max(dim=-1)
-    weight = best.exp()
+    best, host = match(directions(pruned), directions(kept))
+    weight = (best / temperature).exp()
     total = add_rows(torch.full_like(kept[..., 0], math.e), host, weight)
     moving = pruned * (weight / rows(total, host))[..., None]
     return add_rows(kept * (math.e / total)[..., None], host, moving), host

@@ -123,3 +123,8 @@ OP = Op(
         Implementation("reference", reference.supports, reference.run),
     ),
 )
+
+
+def computes_lse(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None, scale: float | None = None) -> bool:
+    """Whether the implementation that would run this call computes the log-sum-exp anyway, so that asking for it is free."""
+    return OP.choose(prepare(q, k, v, key_bias=key_bias, scale=scale), None).name != "sdpa"

@@ -271,5 +271,5 @@ def multiplied(
             PRECISION=precision_of(x), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose("times_matrix", T, IN, OUT, x.dtype, architecture(x), run))
+    run(choose("times_transposed" if transposed else "times_matrix", T, IN, OUT, x.dtype, architecture(x), run))
     return out

@@ -134,7 +134,7 @@ def partition_others(p: Problem, rule: Whole) -> list[Whole]:
 
 def partition_key(p: Problem, name: str, bias: bool) -> tuple:
     sizes = p.rows.size, p.cols.size, round(10 * joining_saves(p))
-    return "attend2d", name, *sizes, p.block_d, p.arch, p.dtype, "bias" if bias else "none"
+    return "attend2d", f"partition_{name}", *sizes, p.block_d, p.arch, p.dtype, "bias" if bias else "none"
 
 
 JOIN_FROM = 1.4

@@ -1,4 +1,4 @@
-"""``name`` runs a test once for each small model, ``micro`` once for each micro model; ``model`` is the built one."""
+"""``name`` runs a test for each small model, ``micro`` for each micro one, ``sampled`` for a few; ``model`` is built."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.models.zoo import build, chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names, micro = chosen(metafunc.config.getoption("--models"))
-    for fixture, values in (("name", names), ("micro", micro)):
+    values_of = chosen(metafunc.config.getoption("--models"))
+    for fixture, values in zip(("name", "micro", "sampled"), values_of, strict=True):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, values, scope="module")
 

@@ -110,3 +110,22 @@ def test_a_methods_own_losses_reach_its_learned_part(method):
 def test_a_tokenless_loss_is_none():
     model = reduced("ours", "tome").train()
     assert model.extra_loss(image(), torch.zeros(2), model(image())) is None
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "sparsifiner"])
+def test_training_from_a_file_gives_a_teacher_those_weights(tmp_path, method):
+    from vitzoo.tasks.classification import Classification
+
+    kwargs = {"img_size": 32}
+    dense = Classification("vit_micro", 10, kwargs=kwargs)
+    torch.save({"state_dict": dense.state_dict()}, tmp_path / "dense.ckpt")
+    kwargs["token_reduction"] = {"name": method}
+    task = Classification("vit_micro", 10, weights=str(tmp_path / "dense.ckpt"), kwargs=kwargs)
+    taught = task.model.token_reduction.teacher.model.state_dict()
+    for name, value in dense.model.state_dict().items():
+        assert torch.equal(taught[name], value)
+        assert torch.equal(task.model.state_dict()[name], value)
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "reduced.ckpt")
+    again = Classification("vit_micro", 10, weights=str(tmp_path / "reduced.ckpt"), kwargs=kwargs)
+    for a, b in zip(task.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)

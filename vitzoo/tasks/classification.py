@@ -142,7 +142,7 @@ class Classification(Task):
         extra = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         self.model: Any = _create(name, pretrained and weights is None, num_classes, extra)
         if weights is not None:
-            load_weights(self.model, weights)
+            _start_from(weights, self.model)
         tuning.tune(self.model, tune, frozen, lora_rank, lora_alpha, lora_targets)
         self.teacher: Teacher | None = None
         self.token_head: TokenHead | None = None
@@ -311,6 +311,20 @@ class Classification(Task):
     def predictions(folder: str) -> Callback:
         """``predictions.csv``."""
         return Predictions(folder)
+
+
+def _start_from(weights: str, model: nn.Module) -> None:
+    """Load weights, of a run with the model's token reduction or of one without, from which its own teacher then starts."""
+    from vitzoo.tokens import is_reduced, without_reduction
+
+    if is_reduced(model):
+        try:
+            with without_reduction(model):
+                load_weights(model, weights)
+        except UserError:  # learned parts of the reduction are in the file too
+            load_weights(model, weights)
+    else:
+        load_weights(model, weights)
 
 
 def _create(name: str, pretrained: bool, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ from vitzoo.tokens._map import TokenMap
 from vitzoo.tokens._method import METHODS, Method
 from vitzoo.tokens._outputs import backbone_of, follow, is_reduced
 from vitzoo.tokens._schedule import KeepRate, merge_schedule
-from vitzoo.tokens._wrap import options_of, reduce, restore
+from vitzoo.tokens._wrap import options_of, reduce, restore, without_reduction
 from vitzoo.tokens.fastervlm import encode_and_select, select_tokens
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "tap",
     "tome",
     "tps",
+    "without_reduction",
 ]

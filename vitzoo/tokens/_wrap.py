@@ -7,6 +7,8 @@ deepcopy, pickle, torch.compile and torch.export see plain inputs and outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -107,6 +109,22 @@ def restore(model: nn.Module) -> nn.Module:
         for name in ("token_reduction", *(own.__name__ for own in OWN)):
             delattr(target, name)
     return model
+
+
+@contextmanager
+def without_reduction(model: nn.Module) -> Iterator[None]:
+    """Inside, a reduced model is as it was; behind, the same reduction is put in anew.
+
+    Weights of the model without a reduction are loaded inside: the learned parts of the method, and a teacher that it copies
+    from the model, then start from them. A model that is not reduced is left alone.
+    """
+    method = vars(backbone_of(model)).get("token_reduction")
+    restore(model)
+    try:
+        yield
+    finally:
+        if method is not None:
+            reduce(model, method)
 
 
 _KNOWN = (vision_transformer.VisionTransformer.forward_features, eva.Eva.forward_features, Plain.forward_features)

@@ -7,48 +7,13 @@ import torch
 
 from tests.budget import assert_within_budget
 from tests.ops.triton import oracle
+from tests.ops.triton.attend2d_cases import MAPS
 from vitzoo.ops.attend2d import triton
-from vitzoo.patterns import (
-    Pattern,
-    Span,
-    axial,
-    dilated_window,
-    everywhere,
-    grid,
-    halo,
-    neighborhood,
-    stripe,
-    window,
-)
+from vitzoo.patterns import everywhere, halo, neighborhood, window
 
 pytestmark = pytest.mark.gpu
 
 SCALE = 0.3
-MAPS = [
-    (window(7), (14, 14)),
-    (window(7, shift=3), (13, 17)),
-    (window((8, 4), shift=(4, 1)), (19, 23)),
-    (window(7, shift=3, edge="cover"), (6, 15)),
-    (window(3, shift=1, edge="cover"), (1, 1)),
-    (window(12, shift=6), (25, 31)),
-    (window(16), (32, 17)),
-    (grid(7), (14, 21)),
-    (dilated_window(4, interval=5), (23, 18)),
-    (stripe(rows=2), (9, 37)),
-    (stripe(cols=7), (21, 20)),
-    (axial("row"), (3, 130)),
-    (everywhere, (14, 13)),
-    (halo(8, 3), (21, 26)),
-    (halo(4, 1), (13, 17)),
-    (neighborhood(3), (13, 17)),
-    (neighborhood(7), (7, 7)),
-    (neighborhood(7), (29, 23)),
-    (neighborhood(13), (27, 33)),
-    (neighborhood(7, dilation=3), (22, 27)),
-    (neighborhood(5, stride=2), (17, 22)),
-    (neighborhood((3, 9), dilation=(4, 1), stride=(2, 3)), (19, 21)),
-    (Pattern(Span(5, 2, 3, 1), Span(None, 2)), (18, 19)),
-]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

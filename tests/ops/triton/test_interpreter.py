@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.triton import attend_cases, point_cases, product_cases, sample_cases
-from tests.ops.triton.interpreted import CASES
+from tests.ops.triton import attend_cases, candidate_cases, point_cases, product_cases, sample_cases
+from tests.ops.triton.attend2d_cases import CASES
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -94,6 +94,13 @@ def test_linear_and_channel_attend_give_the_oracles_values_and_gradients(interpr
     allowed = TOLERANCE[case.values or case.dtype]
     wrong = {key: error for key, error in errors.items() if not error <= allowed or math.isnan(error)}
     assert not wrong, f"{name}: largest errors {errors}"
+
+
+@pytest.mark.parametrize("name", candidate_cases.CASES)
+def test_whatever_tuning_chooses_computes_the_same(interpreter, name):
+    errors = interpreter(name)
+    assert len(errors) > 2
+    assert max(errors.values()) <= TOLERANCE[torch.float32], errors
 
 
 def test_jit_functions_answer_as_span_does(interpreter):

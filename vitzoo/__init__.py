@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from vitzoo import models
-from vitzoo.models import ModelInfo, list_families, list_mixers, list_models, model_info
+from vitzoo.models import ModelInfo, accelerate, list_families, list_mixers, list_models, model_info
 from vitzoo.models._registry import checkpoints_of, list_pretrained
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def create_model(
 
 
 def __getattr__(name: str) -> Any:
-    """``vitzoo.tokens`` and ``vitzoo.heads`` without an import of their own; they are loaded when first asked for."""
-    if name in ("heads", "tokens"):
+    """``vitzoo.tokens``, ``heads`` and ``explain`` without an import of their own; they are loaded when first asked for."""
+    if name in ("explain", "heads", "tokens"):
         return importlib.import_module(f"vitzoo.{name}")
     raise AttributeError(f"vitzoo has no attribute '{name}'.")
 
@@ -60,6 +60,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ModelInfo",
     "__version__",
+    "accelerate",
     "checkpoints_of",
     "create_model",
     "list_families",

@@ -1,7 +1,8 @@
-"""``python -m vitzoo.bench models | ops | all``: times the zoo against its baselines and prints Markdown tables.
+"""``python -m vitzoo.bench models | accelerate | ops | all``: times the zoo against its baselines and prints Markdown tables.
 
     python -m vitzoo.bench models                       # whole models against timm's, or against an unfold
     python -m vitzoo.bench models nat_tiny --forward-only
+    python -m vitzoo.bench accelerate davit_tiny        # a model of timm's against what vitzoo.accelerate makes of it
     python -m vitzoo.bench ops                          # attend2d against FlexAttention, unfold, SDPA with a bias, NATTEN
     python -m vitzoo.bench all --out DIR                # checks (on a GPU) and every table, as Markdown and JSON
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vitzoo.bench import dense, models, ops
+from vitzoo.bench import accelerate, dense, models, ops
 from vitzoo.bench.timing import environment
 
 
@@ -39,6 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--size", type=int, default=224, help="pixels on a side (default 224)")
     sub.add_argument("--forward-only", action="store_true", help="leave out training")
     sub.set_defaults(run=_models)
+
+    sub = commands.add_parser("accelerate", help="timm's models against what vitzoo.accelerate makes of them")
+    sub.add_argument("names", nargs="*", help="names of timm's; none: one of each kind")
+    sub.add_argument("--batch", type=int, default=8, help="images (default 8)")
+    sub.add_argument("--forward-only", action="store_true", help="leave out training")
+    sub.set_defaults(run=_accelerate)
 
     sub = commands.add_parser("ops", help="attend2d against other ways to compute it")
     gpu = torch.cuda.is_available()
@@ -90,6 +97,16 @@ def _models(args: argparse.Namespace, command: str) -> int:
         _progress(i, cases, f"{case.model}, batch {case.batch}, {case.size} px")
         results.append(models.measure(case, args.rounds))
     _report(command, environment(), models.table(results), [asdict(r) for r in results], args.json)
+    return 0
+
+
+def _accelerate(args: argparse.Namespace, command: str) -> int:
+    cases = [accelerate.Case(n, args.batch, args.forward_only) for n in args.names or accelerate.MODELS]
+    results = []
+    for i, case in enumerate(cases):
+        _progress(i, cases, f"{case.model}, batch {case.batch}")
+        results.append(accelerate.measure(case, args.rounds))
+    _report(command, environment(), accelerate.table(results), [asdict(r) for r in results], args.json)
     return 0
 
 

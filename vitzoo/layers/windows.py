@@ -30,6 +30,12 @@ def spread(query: Tensor, like: Tensor) -> Tensor:
     return query[:, None, :, None].expand(batch, ny, h, nx, w, heads, depth).reshape(batch, ny * h, nx * w, heads, depth)
 
 
+def turned(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[(2 h - 1)(2 w - 1), N]``, query minus key, as our ops take it: ``[N, 2 h - 1, 2 w - 1]``, key minus query."""
+    h, w = size
+    return table.view(2 * h - 1, 2 * w - 1, -1).permute(2, 0, 1).flip(1, 2)
+
+
 class RelativeTable(nn.Module):
     """A relative position table as timm stores it, ``[(2 h - 1)(2 w - 1), N]``, query minus key; under timm's name.
 
@@ -47,8 +53,7 @@ class RelativeTable(nn.Module):
 
     def forward(self) -> Tensor:
         """As our ops take it: ``[N, 2 h - 1, 2 w - 1]``, key minus query."""
-        h, w = self.size
-        return self.relative_position_bias_table.view(2 * h - 1, 2 * w - 1, -1).permute(2, 0, 1).flip(1, 2)
+        return turned(self.relative_position_bias_table, self.size)
 
 
 class WindowAttention(nn.Module):
@@ -70,6 +75,10 @@ class WindowAttention(nn.Module):
         self.qkv, self.proj = theirs.qkv, theirs.proj
         self.proj_drop = getattr(theirs, "proj_drop", nn.Identity())
 
+    def bias(self) -> Tensor | None:
+        """The bias table ``[N, 2 h - 1, 2 w - 1]``, key minus query; None for none."""
+        return None if self.rel_pos is None else self.rel_pos()
+
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         """``query``, ``[B, h, w, C]``: what every window asks; ``qkv`` then gives keys and values alone."""
         padded = pad_map(x, self.size)
@@ -79,8 +88,7 @@ class WindowAttention(nn.Module):
         else:
             k, v = parts.unbind(-3)
             q = spread(query.unflatten(-1, (self.num_heads, -1)), k)
-        bias = None if self.rel_pos is None else self.rel_pos()
-        out = crop_map(attend2d(q, k, v, self.pattern, bias=bias), x).flatten(-2)
+        out = crop_map(attend2d(q, k, v, self.pattern, bias=self.bias()), x).flatten(-2)
         return self.proj_drop(linear(out, self.proj.weight, self.proj.bias))
 
     def extra_repr(self) -> str:

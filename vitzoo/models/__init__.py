@@ -28,6 +28,7 @@ from vitzoo.models._registry import (
     ModelInfo,
     create_model,
     list_families,
+from vitzoo.models._accelerate import accelerate
     list_models,
     model_info,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "attnet",
     "biformer",
     "create_model",
+    "accelerate",
     "crossformer",
     "cswin",
     "dat",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +21,9 @@ from triton.compiler import ASTSource, make_backend
 
 from vitzoo.ops import PointBias
 from vitzoo.ops.attend.triton import launch as attend
-from vitzoo.ops.attend2d.triton import choose, launch
+from vitzoo.ops.attend2d.triton import launch
+from vitzoo.ops.channel_attend.triton import launch as channel_attend
+from vitzoo.ops.linear_attend.triton import launch as linear_attend
 from vitzoo.ops.sample2d.triton import launch as sample2d
 from vitzoo.patterns import Pattern
 
@@ -53,8 +56,10 @@ def recorded(monkeypatch, arch: int, run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, arguments, {n: value for n, value in named.items() if n not in kernel.arg_names}))
 
     monkeypatch.setattr(triton.JITFunction, "run", record)
-    for module in (choose, attend):
-        monkeypatch.setattr(module, "architecture", lambda tensor: arch)
+    monkeypatch.setenv("VITZOO_AUTOTUNE", "0")
+    for name, module in list(sys.modules.items()):  # wherever a launch looks it up
+        if name.startswith("vitzoo.ops.") and hasattr(module, "architecture"):
+            monkeypatch.setattr(module, "architecture", lambda tensor: arch)
     run()
     monkeypatch.undo()
     return launches
@@ -95,6 +100,20 @@ def run_sample2d(size, S: int, G: int, C: int, dtype=torch.bfloat16) -> None:
     x = torch.empty(256, *size, G, C, dtype=dtype, device="meta")
     points = torch.empty(256, S, G, 2, device="meta")
     sample2d.backward(sample2d.forward(x, points), x, points)
+
+
+def run_linear_attend(tokens: int, N: int, D: int, dtype=torch.bfloat16) -> None:
+    """A forward and backward of linear_attend at batch 256."""
+    q, k, v = torch.empty(256, tokens, 3, N, D, dtype=dtype, device="meta").unbind(2)
+    out, *saved = linear_attend.forward(q, k, v, 1e-6)
+    linear_attend.backward(torch.empty_like(out), q, k, v, out, *saved)
+
+
+def run_channel_attend(tokens: int, N: int, D: int, dtype=torch.bfloat16) -> None:
+    """A forward and backward of channel_attend at batch 256, q, k and v out of one projection."""
+    q, k, v = torch.empty(256, tokens, 3, N, D, dtype=dtype, device="meta").unbind(2)
+    out, weights = channel_attend.forward(q, k, v, 0.1)
+    channel_attend.backward(torch.empty_like(out), q, k, v, weights, 0.1)
 
 
 def compile_launch(one: Launch, arch: int) -> Usage:

@@ -75,6 +75,23 @@ def test_gradients_are_those_of_finite_differences(impl):
     )
 
 
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])
+def test_attend_routed_is_registered_as_opcheck_wants_it(per_head):
+    q, k, v = tensors((6, 4), keys=(4, 9), B=1)
+    index = choices(1, 6, 6, 2, N=3 if per_head else None)
+    graph = index.transpose(1, 2) if per_head else index[:, :, None]
+    arguments = q, k, v, graph, [3, 2], [2, 3]
+    out, lse = torch.ops.vitzoo.attend_routed(*arguments, 0.5)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad(out, (q, k, v), dout)
+    expected = attend_routed(q, k, v, (3, 2), index, key_regions=(2, 3), scale=0.5, impl="reference")
+    torch.testing.assert_close((out, *got), (expected, *torch.autograd.grad(expected, (q, k, v), dout)))
+    torch.library.opcheck(torch.ops.vitzoo.attend_routed.default, (*arguments, 0.5))
+    saved = [t.detach() for t in (q, k, v, graph, out, lse)]
+    for cotangents in ((dout, dlse), (None, dlse)):
+        torch.library.opcheck(torch.ops.vitzoo.attend_routed_backward.default, (*cotangents, *saved, [3, 2], [2, 3], 0.5))
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_all_regions_chosen_is_attention_among_all_tokens(impl):
     q, k, v = tensors(E=4)

@@ -13,6 +13,7 @@ from vitzoo.ops.attend.api import attend
 from vitzoo.ops.attend.point_bias import PointBias
 from vitzoo.ops.attend2d import registration as _attend2d_registration  # noqa: F401  defines torch.ops.vitzoo.attend2d
 from vitzoo.ops.attend2d.api import attend2d
+from vitzoo.ops.attend_routed import registration as _attend_routed_registration  # noqa: F401
 from vitzoo.ops.attend_routed.api import attend_routed
 from vitzoo.ops.channel_attend import registration as _channel_registration  # noqa: F401  and so on
 from vitzoo.ops.channel_attend.api import channel_attend

@@ -22,12 +22,13 @@ from triton.compiler import ASTSource, make_backend
 from vitzoo.ops import PointBias
 from vitzoo.ops.attend.triton import launch as attend
 from vitzoo.ops.attend2d.triton import launch
+from vitzoo.ops.attend_routed.triton import launch as routed
 from vitzoo.ops.channel_attend.triton import launch as channel_attend
 from vitzoo.ops.linear_attend.triton import launch as linear_attend
 from vitzoo.ops.sample2d.triton import launch as sample2d
 from vitzoo.patterns import Pattern
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
 class Launch(NamedTuple):
@@ -100,6 +101,14 @@ def run_sample2d(size, S: int, G: int, C: int, dtype=torch.bfloat16) -> None:
     x = torch.empty(256, *size, G, C, dtype=dtype, device="meta")
     points = torch.empty(256, S, G, 2, device="meta")
     sample2d.backward(sample2d.forward(x, points), x, points)
+
+
+def run_attend_routed(size, K: int, N: int, D: int, dtype=torch.bfloat16) -> None:
+    """A forward and backward of attend_routed at batch 256, 7 x 7 regions of which each sees K."""
+    q, k, v = torch.empty(256, *size, 3, N, D, dtype=dtype, device="meta").unbind(3)
+    graph = torch.empty(256, 49, 1, K, dtype=torch.long, device="meta")
+    out, lse = routed.forward(q, k, v, graph, (7, 7), (7, 7), 0.1)
+    routed.backward(torch.empty_like(out), None, q, k, v, graph, out, lse, (7, 7), (7, 7), 0.1)
 
 
 def run_linear_attend(tokens: int, N: int, D: int, dtype=torch.bfloat16) -> None:

@@ -19,10 +19,11 @@ from tests.ops.triton import (
     candidate_cases,
     point_cases,
     product_cases,
+    routed_cases,
     sample_cases,
 )
 
-MODULES = (attend2d_cases, attend_cases, candidate_cases, point_cases, product_cases, sample_cases)
+MODULES = (attend2d_cases, attend_cases, candidate_cases, point_cases, product_cases, routed_cases, sample_cases)
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"

@@ -56,7 +56,15 @@ SAMPLE2D = {
 }
 
 
+# name: map of 7 x 7 regions, of which each sees so many; heads, head dimension, dtype, bytes a thread may spill
+ROUTED = {
+    "4 of 49 regions of 4 x 4": ((28, 28), 4, 4, 32, torch.bfloat16, 0),
+    "1 of 49 regions of 8 x 8, fp32": ((56, 56), 1, 3, 24, torch.float32, STACK),
+}
+
+
 ONCE = (
+    "1 of 49 regions of 8 x 8, fp32",
     "neighborhood 13, d 256",
     "neighborhood 7, fp32",
     "196 points, d 64, fp32",
@@ -105,6 +113,16 @@ def test_sample2ds_kernels_compile_within_registers_and_shared_memory(monkeypatc
 
     *call, stack = SAMPLE2D[name]
     check(recorded(monkeypatch, arch, lambda: run_sample2d(*call)), arch, name, stack)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, arch) for name in ROUTED for arch in (80, 90, 100) if arch == 80 or name not in ONCE]
+)
+def test_attend_routeds_kernels_compile_within_registers_and_shared_memory(monkeypatch, name, arch):
+    from tests.ops.triton.compiled import recorded, run_attend_routed
+
+    *call, stack = ROUTED[name]
+    check(recorded(monkeypatch, arch, lambda: run_attend_routed(*call)), arch, name, stack)
 
 
 def check(launches, arch, name, stack):

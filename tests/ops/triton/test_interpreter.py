@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.triton import attend_cases, candidate_cases, point_cases, product_cases, sample_cases
+from tests.ops.triton import attend_cases, candidate_cases, point_cases, product_cases, routed_cases, sample_cases
 from tests.ops.triton.attend2d_cases import CASES
 
 pytestmark = [
@@ -75,6 +75,14 @@ def test_attend_gives_the_oracles_values_and_gradients(interpreter, name):
 def test_attend_at_points_gives_the_oracles_values_and_gradients(interpreter, name):
     case, errors = point_cases.CASES[name], interpreter(name)
     assert set(errors) == {"out", "lse", "dq", "dk", "dv", "dtable", "dpoints"} | ({"dkey_bias"} if case.key_bias else set())
+    wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
+    assert not wrong, f"{name}: largest errors {errors}"
+
+
+@pytest.mark.parametrize("name", routed_cases.CASES)
+def test_attend_routed_gives_the_oracles_values_and_gradients(interpreter, name):
+    case, errors = routed_cases.CASES[name], interpreter(name)
+    assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
     wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
     assert not wrong, f"{name}: largest errors {errors}"
 

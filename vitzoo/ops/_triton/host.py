@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,3 +72,33 @@ def split(programs: int, partners: int, tile: int, least: int) -> tuple[int, int
 def inside_int32(tensor: Tensor) -> bool:
     """Whether one image's elements lie within 2^31 of its first: kernels count there in 32 bits."""
     return sum((n - 1) * abs(s) for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) < 2**31
+
+
+class Tiles(NamedTuple):
+    """Tokens of a query tile and of a key tile, warps, stages of the software pipeline."""
+
+    BQ: int
+    BK: int
+    warps: int
+    stages: int
+
+
+@functools.lru_cache(1024)
+def flash_tiles(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: int, at_points: bool = False) -> Tiles:
+    """64 x 64 tokens where they fit, fewer for long rows and for tables that are read at points, no more than there are.
+
+    name: "dkv" keeps a tile of keys and walks through queries, other passes the other way round; "forward" has room for more.
+    """
+    row = max(16, power(D)) * dtype.itemsize // 2  # 16-bit numbers of a row
+    short = row <= 64 and dtype.itemsize == 2 and not at_points
+    side = 64 if short else 32 if row <= 256 else 16
+    # from sm_100 on a product of 64 rows goes to tcgen05, which doubles the work per thread; 32 rows stay with mma.sync
+    own_side = min(side, 32) if arch >= 100 else side
+    other_side = side if name == "forward" or not short else 32
+    if at_points and name == "dkv":  # four entries for each pair and their differences
+        other_side = 16
+    own_tokens, other_tokens = (S, L) if name == "dkv" else (L, S)
+    own, partner = max(16, min(own_side, power(own_tokens))), max(16, min(other_side, power(other_tokens)))
+    warps = 2 if own <= 32 and short else 4 if row <= 256 else 8
+    stages = 2 if row <= 128 else 1
+    return Tiles(partner, own, warps, stages) if name == "dkv" else Tiles(own, partner, warps, stages)

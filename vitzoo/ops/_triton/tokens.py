@@ -30,3 +30,9 @@ def store_tokens(base, offsets, inside, value, D: tl.constexpr, BLOCK_D: tl.cons
     if D % BLOCK_D != 0:
         mask = mask & (d < D)[None, :]
     tl.store(base + (offsets[:, None] + d[None, :]), value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finite(lse):
+    """lse in powers of two, 0 for a query that sees nothing: its scores are all -inf, and so its weights are 0."""
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Implementation, Op
 from vitzoo.ops._validate import autocast, check_tensors, default_scale
-from vitzoo.ops.attend_routed import reference, sdpa
+from vitzoo.ops.attend_routed import reference, sdpa, triton
 
 
 class AttendRoutedCall(NamedTuple):
@@ -102,6 +102,8 @@ OP = Op(
     prepare,
     (
         Implementation("sdpa", sdpa.supports, sdpa.run),
+        # behind sdpa, which takes every call, for the reason that attend2d gives
+        Implementation("triton", triton.supports, triton.run),
         Implementation("reference", reference.supports, reference.run),
     ),
 )

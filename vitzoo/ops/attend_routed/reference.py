@@ -16,10 +16,15 @@ def run(call) -> tuple[Tensor]:
     wide = torch.promote_types(call.q.dtype, torch.float32)
     q = by_region(call.q.to(wide), call.regions)
     k, v = (by_region(x.to(wide), call.key_regions) for x in (call.k, call.v))
-    batch, head = torch.arange(len(q), device=q.device)[:, None, None, None], torch.arange(q.shape[2], device=q.device)[:, None]
-    seen_k, seen_v = (x[batch, call.graph, head].flatten(3, 4) for x in (k, v))  # [B, R, N, K * tokens, D]
+    seen_k, seen_v = (gather_chosen(x, call.graph) for x in (k, v))
     out = torch.softmax(call.scale * q @ seen_k.transpose(-2, -1), -1) @ seen_v
     return (to_map(out, call.regions, call.q).to(call.q.dtype),)
+
+
+def gather_chosen(x: Tensor, graph: Tensor) -> Tensor:
+    """The tokens `[B, R, N, K * tokens, D]` that every region sees, from those of all regions, `[B, S, N, tokens, D]`."""
+    batch, head = (torch.arange(n, device=x.device) for n in (x.shape[0], x.shape[2]))
+    return x[batch[:, None, None, None], graph, head[:, None]].flatten(3, 4)
 
 
 def by_region(x: Tensor, regions: tuple[int, int]) -> Tensor:

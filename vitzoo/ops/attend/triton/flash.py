@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitzoo.ops._triton.tokens import LN2, LOG2E, load_tokens, store_tokens
+from vitzoo.ops._triton.tokens import LN2, LOG2E, finite, load_tokens, store_tokens
 from vitzoo.ops.attend.triton.table import (
     TABLE_SIZES,
     interpolated,
@@ -58,12 +58,6 @@ def add_biases(scores, rows, cols, in_rows, in_cols, bias, row_stride, col_strid
     if key_bias is not None:
         scores += LOG2E * tl.load(key_bias + keys, mask=in_keys, other=0.0).to(tl.float32)
     return tl.where(in_keys, scores, float("-inf"))
-
-
-@triton.jit
-def finite(lse):
-    """lse in powers of two, 0 for a query that sees nothing: its scores are all -inf, and so its weights are 0."""
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
 
 
 @triton.jit(do_not_specialize=_SIZES + _STRIDES, do_not_specialize_on_alignment=_ONES)

@@ -6,9 +6,8 @@ on every card of a generation.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from torch import Tensor
 from vitzoo.ops._triton import tuning
 from vitzoo.ops._triton.host import (
     ENOUGH_PROGRAMS,
+    Tiles,
     architecture,
     common_strides,
     common_unit,
+    flash_tiles,
     on_device,
     power,
     precision,
@@ -37,38 +38,10 @@ PARTIALS = 1 << 22
 """Numbers that the parts of a table's gradient may take."""
 
 
-class Tiles(NamedTuple):
-    """Tokens of a query tile and of a key tile, warps, stages of the software pipeline."""
-
-    BQ: int
-    BK: int
-    warps: int
-    stages: int
-
-
-@functools.lru_cache(1024)
-def rule(name: str, L: int, S: int, D: int, dtype: torch.dtype, arch: int, at_points: bool = False) -> Tiles:
-    """64 x 64 tokens where they fit, fewer for long rows and for tables read at points, no more than there are."""
-    block_d, bits = max(16, power(D)), torch.finfo(dtype).bits
-    row = block_d * bits // 16  # 16-bit numbers of a row
-    short = row <= 64 and bits == 16 and not at_points
-    side = 64 if short else 32 if row <= 256 else 16
-    # from sm_100 on a product of 64 rows goes to tcgen05, which doubles the work per thread; 32 rows stay with mma.sync
-    own_side = min(side, 32) if arch >= 100 else side
-    other_side = side if name == "forward" or not short else 32
-    own_tokens, other_tokens = (S, L) if name == "dkv" else (L, S)
-    if at_points:  # four entries for each pair, and in dkv their differences
-        other_side = 16 if name == "dkv" else min(side, 32)
-    own, partner = max(16, min(own_side, power(own_tokens))), max(16, min(other_side, power(other_tokens)))
-    warps = 2 if own <= 32 and short else 4 if row <= 256 else 8
-    stages = 2 if row <= 128 else 1
-    return Tiles(partner, own, warps, stages) if name == "dkv" else Tiles(own, partner, warps, stages)
-
-
 def choose_tiles(name: str, q: Tensor, k: Tensor, bias: Any, key_bias: Tensor | None, run: Callable[[Tiles], object]) -> Tiles:
     """The tiles of a pass, which `run` launches: the rule's, or what is known or measured to be faster."""
     (_, L, _, D), S, at_points, arch = q.shape, k.shape[1], isinstance(bias, PointBias), architecture(q)
-    usual = rule(name, L, S, D, q.dtype, arch, at_points)
+    usual = flash_tiles(name, L, S, D, q.dtype, arch, at_points)
     biases = "points" if at_points else "none" if bias is None else "bias"
     lengths = (max(16, min(64, power(n))) for n in (L, S))  # a rule looks no further
     key = ("attend", name, *lengths, max(16, power(D)), arch, q.dtype, biases, "keys" if key_bias is not None else "none")

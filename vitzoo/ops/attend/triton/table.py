@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vitzoo.ops._triton.bilinear import cell_of, inside_grid, nearness, position_of
-from vitzoo.ops._triton.tokens import LOG2E, load_tokens
+from vitzoo.ops._triton.tokens import LOG2E, finite, load_tokens
 
 TABLE_SIZES = ["map_width", "table_height", "table_width", "heads_each"]
 
@@ -127,10 +127,9 @@ def flash_dtable(
                 scores += LOG2E * tl.load(key_bias + image * key_b + s).to(tl.float32)
             dp = tl.sum(do.to(tl.float32) * value.to(tl.float32)[None, :], 1)
             here = image * L * heads + token * heads + head
-            natural = tl.load(lse + here, mask=in_q, other=0.0)
+            lse2 = finite(tl.load(lse + here, mask=in_q, other=0.0))
             less = tl.load(delta + here, mask=in_q, other=0.0)
-            p = tl.exp2(scores - tl.where(natural == float("-inf"), 0.0, natural * LOG2E))
-            ds = tl.where(in_q, p * (dp - less), 0.0)
+            ds = tl.where(in_q, tl.exp2(scores - lse2) * (dp - less), 0.0)
             spread = tl.dot(tl.reshape(ds, [QY, QX]), by_col, input_precision=PRECISION)  # [QY, TX]
             acc = tl.dot(by_row, spread, acc, input_precision=PRECISION)
 

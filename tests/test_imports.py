@@ -23,12 +23,27 @@ GRAPH: dict[str, set[str]] = {
     "layers": {"patterns", "ops"},
     "checkpoints": {"layers"},
     "weights": set(),
+    "pictures": {"patterns"},
+    "exporting": set(),
     "models": {"patterns", "ops", "layers", "checkpoints", "weights"},
     "tokens": {"patterns", "ops", "layers", "checkpoints", "models"},
     "heads": {"patterns", "ops", "layers", "checkpoints", "models"},
     "data": set(),
     "tasks": {"patterns", "ops", "layers", "checkpoints", "models", "tokens", "heads", "data", "vitzoo"},
-    "vitzoo_cli": {"patterns", "checkpoints", "weights", "models", "tokens", "heads", "data", "tasks", "bench", "vitzoo"},
+    "vitzoo_cli": {
+        "patterns",
+        "pictures",
+        "exporting",
+        "checkpoints",
+        "weights",
+        "models",
+        "tokens",
+        "heads",
+        "data",
+        "tasks",
+        "bench",
+        "vitzoo",
+    },
     "bench": {"patterns", "ops", "layers", "checkpoints", "models", "tokens", "heads", "data", "tasks", "vitzoo"},
     "vitzoo": {"models", "tokens"},  # vitzoo/__init__.py: what `import vitzoo` costs is what this pulls in (tokens: see below)
     "__main__": {"vitzoo_cli"},
@@ -38,7 +53,7 @@ GRAPH: dict[str, set[str]] = {
 # foreign package: the parts that may import it when they are imported themselves (inside a function: where needed)
 AT_IMPORT: dict[str, set[str]] = {
     # patterns: integers only, so that anything may use it; vitzoo_cli: `vitzoo list` answers at once
-    "torch": set(GRAPH) - {"patterns", "weights", "vitzoo_cli"},
+    "torch": set(GRAPH) - {"patterns", "pictures", "weights", "vitzoo_cli"},
     "vitzoo": set(GRAPH) - {"vitzoo_cli"},
     "lightning": {"tasks", "data", "train", "bench"},  # slow to import, needed for training only
     "triton": {"ops"},

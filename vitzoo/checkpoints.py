@@ -6,6 +6,7 @@ The authors' layout, timm's layout and our own are recognised; the renaming itse
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,14 +139,16 @@ def _resized(key: str, value: Tensor, own: Tensor | None, model: nn.Module) -> T
     return value
 
 
-def load(model: Model, path: str | Path) -> Model:
+def load(model: Model, path: str | Path, *, adapt: bool = True) -> Model:
     """Load a checkpoint file into a model, strictly, and return the model.
 
-    A classifier over another number of classes than the model's is left out, and logged; any other difference raises.
+    A classifier over another number of classes than the model's is left out, and the first convolution is made to take
+    the model's channels: both are logged. Any other difference raises.
 
     Args:
         model: one of the zoo's.
         path: a file that ``read`` can read, in any layout that ``convert`` knows.
+        adapt: False: other classes and channels raise as well.
 
     Returns:
         The same model.
@@ -156,14 +159,9 @@ def load(model: Model, path: str | Path) -> Model:
     """
     state = convert(read(path), model)
     own = model.state_dict()
-    heads = sorted(key for key in state if key.split(".")[0] in ("head", "head_dist"))
-    for key in heads:
-        if key not in own or state[key].shape != own[key].shape:
-            wanted = tuple(own[key].shape) if key in own else "no classifier"
-            _log.warning("%s: left out, the file has %s, the model %s", key, tuple(state[key].shape), wanted)
-            state.pop(key)
-            if key in own:
-                state[key] = own[key]
+    if adapt:
+        _without_other_heads(state, own)
+        _with_channels(state, own, model)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differ = [key for key in own if key in state and state[key].shape != own[key].shape]
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in differ]
@@ -179,3 +177,53 @@ def load(model: Model, path: str | Path) -> Model:
         )
     model.load_state_dict(state, strict=True)
     return model
+
+
+def _without_other_heads(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Take the model's own classifier where the file has one over other classes."""
+    for key in sorted(key for key in state if key.split(".")[0] in ("head", "head_dist")):
+        if key not in own or state[key].shape != own[key].shape:
+            wanted = tuple(own[key].shape) if key in own else "no classifier"
+            _log.warning("%s: left out, the file has %s, the model %s", key, tuple(state[key].shape), wanted)
+            state.pop(key)
+            if key in own:
+                state[key] = own[key]
+
+
+def _with_channels(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Make the first convolutions take the model's channels: the file's in turn, scaled so that sums keep their size."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    for name in [names] if isinstance(names, str) else names:
+        key = f"{name}.weight"
+        if key not in state or key not in own or state[key].ndim != 4:
+            continue
+        theirs, ours = state[key].shape[1], own[key].shape[1]
+        if theirs != ours and state[key].shape[0] == own[key].shape[0]:
+            _log.info("%s: made for %d channels instead of %d", key, ours, theirs)
+            weight = state[key]
+            turns = weight.repeat(1, -(-ours // theirs), 1, 1)[:, :ours] * (theirs / ours)
+            state[key] = weight.sum(1, keepdim=True) if ours == 1 else turns  # grey is the same in every channel
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model's state_dict as safetensors; the file appears as a whole or not at all.
+
+    Args:
+        model: any module whose tensors do not share memory.
+        path: of the file; its folder is made where it is not there.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    from safetensors.torch import save as to_bytes
+
+    path = Path(path)
+    content = to_bytes({key: value.contiguous() for key, value in model.state_dict().items()})
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}).") from error

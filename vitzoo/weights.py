@@ -62,7 +62,7 @@ class Checkpoint:
         hf_hub_id: repository of the Hugging Face hub, where timm has published the file.
         params: learned numbers with the published classifier.
         top1: ImageNet-1k top-1 in percent, or the metric that ``metric`` names.
-        metric: what ``top1`` is and who says so.
+        metric: what ``top1`` is where it is something else, and how it was measured.
         gmacs: multiply-adds at ``img_size`` that its authors report, in billions.
         sha256: of the file, or its first digits; None where nobody has published it.
         num_classes: of its classifier.

@@ -462,7 +462,7 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
         channels=tuple(info["num_chs"] for info in infos),
         strides=tuple(info["reduction"] for info in infos),
         pretrained=tuple(rows),
-        top1={n: row.top1 for n, row in rows.items() if row.top1 is not None and row.file is None},
+        top1={n: row.top1 for n, row in rows.items() if row.top1 is not None and row.metric is None},
         published_gmacs=next((row.gmacs for row in rows.values() if row.gmacs is not None), None),
         config=cfg,
     )

@@ -24,9 +24,10 @@ def published(name: str) -> list[dict[str, Any]]:
         name: of ``vitzoo.list_models()``.
 
     Returns:
-        Name with tag, top-1 and licence of each.
+        Name with tag, ImageNet-1k top-1 and licence of each.
     """
-    return [{"name": row.name, "top1": row.top1, "license": row.license} for row in checkpoints_of(name).values()]
+    rows = checkpoints_of(name).values()
+    return [{"name": row.name, "top1": None if row.metric else row.top1, "license": row.license} for row in rows]
 
 
 def entry(name: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

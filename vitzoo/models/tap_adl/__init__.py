@@ -31,9 +31,9 @@ def _rvt(head_dim: int, heads: tuple[int, ...], depths: tuple[int, ...], factor_
     return RVTConfig(embed_dim=tuple(head_dim * n for n in heads), depths=depths, num_heads=heads, factor_blocks=factor_blocks)
 
 
-_TINY: Any = (32, (6, 6, 12), (5, 5, 2))
-_SMALL: Any = (64, (6, 6, 6), (4, 4, 4))
-_BASE: Any = (64, (12, 12, 12), (4, 4, 4))
+_TINY: tuple[Any, ...] = (32, (6, 6, 12), (5, 5, 2))
+_SMALL: tuple[Any, ...] = (64, (6, 6, 6), (4, 4, 4))
+_BASE: tuple[Any, ...] = (64, (12, 12, 12), (4, 4, 4))
 
 CONVOLVED = {
     "tap_fan_micro": FANConfig(
@@ -65,11 +65,11 @@ RVTS = {
         img_size=32,
     ),
     "tap_rvt_tiny": _rvt(*_TINY),
-    "tap_rvt_tiny_plus": _rvt(*_TINY, 10),
+    "tap_rvt_tiny_plus": _rvt(*_TINY, factor_blocks=10),
     "tap_rvt_small": _rvt(*_SMALL),
-    "tap_rvt_small_plus": _rvt(*_SMALL, 5),
+    "tap_rvt_small_plus": _rvt(*_SMALL, factor_blocks=5),
     "tap_rvt_base": _rvt(*_BASE),
-    "tap_rvt_base_plus": _rvt(*_BASE, 5),
+    "tap_rvt_base_plus": _rvt(*_BASE, factor_blocks=5),
 }
 
 # the same models under names that say how many neighbourhoods there are

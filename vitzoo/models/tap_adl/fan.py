@@ -60,7 +60,8 @@ def fourier_map(like: Tensor, frequencies: int) -> Tensor:
     slow = 10000 ** (2 * pairs / frequencies)
     waves = []
     for n in (like.shape[1], like.shape[2]):
-        angle = torch.arange(1, n + 1, device=like.device, dtype=wide)[:, None] / (n + 1e-6) * 2 * math.pi / slow
+        place = torch.arange(1, n + 1, device=like.device, dtype=wide)[:, None]
+        angle = place / (place[-1:] + 1e-6) * 2 * math.pi / slow  # a size as a number would be compiled in
         waves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1))
     rows, cols = waves
     size = (like.shape[1], like.shape[2], frequencies)
@@ -160,7 +161,7 @@ class FANHead(ClassAttentionHead):
 
     def make_pooling(self) -> None:
         super().make_pooling()
-        self.cls_token = None
+        self.cls_token: Any = None
         if self.pool_type:
             kwargs: Any = {"layer_scale": self.layer_scale, "norm_eps": self.norm_eps}
             blocks = (NormedClassAttention(self.num_features, self.num_heads, self.hidden, **kwargs) for _ in range(2))

@@ -80,7 +80,8 @@ class FactorAttention(DiverseAttention):
 
     def gather(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attention = self.scores(q, k).softmax(dim=-1).to(v.dtype)
-        return (attention @ self.per_head(v).transpose(1, 2)).transpose(1, 2)
+        # contiguous, so that a graph reshapes it to the map without questions about its sizes
+        return (attention @ self.per_head(v).transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 class ConvMlp(nn.Module):
@@ -124,8 +125,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # contiguous: a map of symbolic size must not carry the strides that the convolution chose into a batch norm
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class RVT(Robust):

@@ -11,6 +11,7 @@ import vitzoo
 
 # The smallest models that together hold every piece of every family. Costly checks take the micro ones.
 SMALL = {
+    "a2mamba": ("a2mamba_micro",),
     "agent": ("agent_micro", "agent_deit_tiny"),
     "attnet": ("attnet_micro",),
     "biformer": ("biformer_micro", "biformer_stl_micro"),
@@ -36,6 +37,7 @@ SMALL = {
     "vit": ("vit_micro", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
+    "a2mamba_micro",
     "agent_micro",
     "attnet_micro",
     "biformer_micro",

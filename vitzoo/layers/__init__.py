@@ -20,7 +20,7 @@ from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
 from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
-from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead
+from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead, ProjectedHead
 from vitzoo.layers.reduced import ReducedAttention
 from vitzoo.layers.relative import BottleneckAttention, HaloAttention
 from vitzoo.layers.routed import RoutedAttention
@@ -54,6 +54,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatternAttention",
+    "ProjectedHead",
     "ReducedAttention",
     "RelativeTable",
     "RoutedAttention",

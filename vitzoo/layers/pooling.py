@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vitzoo.layers.attention import check_heads
+from vitzoo.layers.conv import BatchNorm
 from vitzoo.layers.linear import Linear, Mlp
 from vitzoo.ops import attend
 
@@ -68,6 +70,63 @@ class ClassAttention(nn.Module):
         q, k, _ = self.project(c, x)
         scores = torch.einsum("bpnd,bsnd->bnps", q, k) * self.head_dim**-0.5
         return scores.softmax(dim=-1)[..., k.shape[1] - x.shape[1] :]
+
+
+class ProjectedHead(nn.Module):
+    """A linear layer on every token, batch norm, SiLU, the mean, a classifier (A2Mamba); ``fc``, ``num_features``, ``reset``.
+
+    Args:
+        dim: channels C of the map.
+        hidden: channels behind the first layer. It is built with the first classifier, and goes with the pooling.
+        num_classes: outputs; 0 for none.
+        pool_type: "avg", or "" to pass the map as it is.
+        drop_rate: dropout before the classifier.
+
+    Shape: ``[B, C, h, w]`` to ``[B, num_classes]``.
+    """
+
+    def __init__(self, dim: int, hidden: int, num_classes: int, pool_type: str = "avg", drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.hidden = dim, hidden
+        self.num_features = dim
+        self.pool_type = pool_type
+        self.proj: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """A fresh classifier, and another pooling where given.
+
+        Args:
+            num_classes: outputs; 0 for none.
+            pool_type: "avg", or "" to pass the map as it is; None to leave it.
+
+        Raises:
+            ValueError: another pooling, or classes without any.
+        """
+        like = next(self.parameters(), torch.empty(()))
+        if pool_type is not None:
+            if pool_type not in ("", "avg"):
+                raise ValueError(f"This head pools by the mean: global_pool is 'avg' or '', got '{pool_type}'.")
+            self.pool_type = pool_type
+        if num_classes and not self.pool_type:
+            raise ValueError(f"A classifier of {num_classes} classes needs pooled features. Set global_pool to 'avg'.")
+        if not self.pool_type:
+            self.num_features, self.proj, self.norm = self.dim, nn.Identity(), nn.Identity()
+        elif num_classes and isinstance(self.proj, nn.Identity):
+            self.num_features, self.proj, self.norm = self.hidden, Linear(self.dim, self.hidden), BatchNorm(self.hidden)
+        self.fc: Any = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.to(like.device, like.dtype)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if not self.pool_type:
+            return x
+        x = x.permute(0, 2, 3, 1)
+        if not isinstance(self.proj, nn.Identity):
+            x = F.silu(self.norm(self.proj(x)))
+        x = self.drop(x.mean(dim=(1, 2)))
+        return x if pre_logits else self.fc(x)
 
 
 class ClassAttentionHead(nn.Module):

@@ -2,6 +2,7 @@
 
 from vitzoo.layers import list_mixers
 from vitzoo.models import (
+    a2mamba,
     attnet,
     biformer,
     crossformer,
@@ -38,6 +39,7 @@ from vitzoo.models import agent, flatten  # made of the hosts above
 
 __all__ = [
     "ModelInfo",
+    "a2mamba",
     "agent",
     "attnet",
     "biformer",

@@ -2,7 +2,7 @@
 
 `attend2d` attends along a `vitzoo.patterns.Pattern` on a map, `attend` among token sequences, `attend_routed` from regions of a
 map to chosen ones; `merge_lse` joins disjoint key sets, `sample2d` reads a map between its tokens. `linear_attend` attends
-without a softmax, `channel_attend` among channels.
+without a softmax, `channel_attend` among channels. `selective_scan` is a linear recurrence along the tokens.
 `match` finds each token's best partner, `merge_tokens` brings tokens together and `unmerge_tokens` hands them out again.
 `explain` says which implementation would run and why not the others; `using` fixes one for a block of code.
 """
@@ -26,6 +26,8 @@ from vitzoo.ops.merge_tokens import registration as _merge_tokens_registration  
 from vitzoo.ops.merge_tokens.api import merge_tokens, unmerge_tokens
 from vitzoo.ops.sample2d import registration as _sample2d_registration  # noqa: F401  defines torch.ops.vitzoo.sample2d
 from vitzoo.ops.sample2d.api import sample2d
+from vitzoo.ops.selective_scan import registration as _scan_registration  # noqa: F401  defines torch.ops.vitzoo.selective_scan
+from vitzoo.ops.selective_scan.api import selective_scan
 
 __all__ = [
     "PointBias",
@@ -39,6 +41,7 @@ __all__ = [
     "merge_lse",
     "merge_tokens",
     "sample2d",
+    "selective_scan",
     "unmerge_tokens",
     "using",
 ]

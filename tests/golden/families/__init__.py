@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.golden.families import (
+    a2mamba,
     adopted,
     agent,
     attention_modules,
@@ -49,6 +50,7 @@ ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "attnet": attnet.check,
     "patchconvnet": patchconvnet.check,
     "glnet": glnet.check,
+    "a2mamba": a2mamba.check,
     "smt": smt.check,
     "tap_adl": tap_adl.check,
     "ops": ops.check,

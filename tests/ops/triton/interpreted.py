@@ -21,9 +21,10 @@ from tests.ops.triton import (
     product_cases,
     routed_cases,
     sample_cases,
+    scan_cases,
 )
 
-MODULES = (attend2d_cases, attend_cases, candidate_cases, point_cases, product_cases, routed_cases, sample_cases)
+MODULES = (attend2d_cases, attend_cases, candidate_cases, point_cases, product_cases, routed_cases, sample_cases, scan_cases)
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.triton import attend_cases, candidate_cases, point_cases, product_cases, routed_cases, sample_cases
+from tests.ops.triton import attend_cases, candidate_cases, point_cases, product_cases, routed_cases, sample_cases, scan_cases
 from tests.ops.triton.attend2d_cases import CASES
 
 pytestmark = [
@@ -101,6 +101,14 @@ def test_linear_and_channel_attend_give_the_oracles_values_and_gradients(interpr
     assert set(errors) == {"out", "dq", "dk", "dv"}
     allowed = TOLERANCE[case.values or case.dtype]
     wrong = {key: error for key, error in errors.items() if not error <= allowed or math.isnan(error)}
+    assert not wrong, f"{name}: largest errors {errors}"
+
+
+@pytest.mark.parametrize("name", scan_cases.CASES)
+def test_selective_scan_gives_the_oracles_values_and_gradients(interpreter, name):
+    case, errors = scan_cases.CASES[name], interpreter(name)
+    assert set(errors) == {"states", "du", "ddelta", "da", "db"}
+    wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[case.dtype] or math.isnan(error)}
     assert not wrong, f"{name}: largest errors {errors}"
 
 

@@ -165,6 +165,8 @@ def partition_backward(
         if JOINED:  # noqa: SIM102  the inner one is a branch of the GPU
             if several:
                 p = tl.where(piece[:, None] == piece[None, :], p, 0.0)
+        # where scores are sharp (Swin V2's reach 100) lse is rounded by so much that p would not sum to 1
+        p = p / tl.maximum(tl.sum(p, 1), 1.0e-30)[:, None]
         d_values = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
         store_tokens(dv + here * D, token * D, inside, d_values, D, BLOCK_D)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)

@@ -50,6 +50,7 @@ def compare_op(golden: Golden) -> Iterator[Pair]:
     spec, heads = golden.kwargs, golden.tensors["region_graph"].shape[1]
     sizes = {"query": spec["region_size"]}
     sizes |= dict.fromkeys(("key", "value"), spec["kv_region_size"] or spec["region_size"])
+    ran = []
     for implementation in OP.implementations:
         leaves = {name: golden.tensors[name].clone().requires_grad_() for name in sizes}
         maps, counts = {}, {}
@@ -59,7 +60,11 @@ def compare_op(golden: Golden) -> Iterator[Pair]:
             padding = (0, counts[name][1] * cols - width, 0, counts[name][0] * rows - height)
             maps[name] = nn.functional.pad(leaves[name], padding).permute(0, 2, 3, 1).unflatten(-1, (heads, -1))
         arguments = (*maps.values(), counts["query"], golden.tensors["region_graph"])
-        kwargs = {"key_regions": counts["key"], "scale": spec["scale"], "impl": implementation.name}
+        kwargs = {"key_regions": counts["key"], "scale": spec["scale"]}
+        if implementation.supports(OP.prepare(*arguments, **kwargs)) is not None:
+            continue
+        kwargs["impl"] = implementation.name
+        ran.append(implementation.name)
         how = f"by {implementation.name}"
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
@@ -70,6 +75,7 @@ def compare_op(golden: Golden) -> Iterator[Pair]:
                 (out * golden.tensors["cotangent"]).sum().backward()
         for name, leaf in leaves.items():
             yield Pair(f"grad/{name}", leaf.grad, golden.tensors[f"grad/{name}"], how)
+    assert {"reference", "sdpa"} <= set(ran), f"only {', '.join(ran) or 'nothing'} ran"
 
 
 # -- the attention around it ------------------------------------------------------------------------------------------

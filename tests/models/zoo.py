@@ -13,6 +13,7 @@ import vitzoo
 SMALL = {
     "a2mamba": ("a2mamba_micro",),
     "agent": ("agent_micro", "agent_deit_tiny"),
+    "alternet": ("alternet_micro",),
     "attnet": ("attnet_micro",),
     "biformer": ("biformer_micro", "biformer_stl_micro"),
     "crossformer": ("crossformer_micro",),
@@ -25,46 +26,51 @@ SMALL = {
     "gcvit": ("gcvit_micro",),
     "glnet": ("glnet_micro",),
     "maxvit": ("maxvit_micro",),
+    "moh": ("moh_micro",),
     "nat": ("nat_micro", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"),
     "patchconvnet": ("patchconvnet_micro",),
     "pvt": ("pvt_micro", "pvt_v2_micro"),
     "smt": ("smt_micro",),
+    "soft": ("soft_micro", "soft_norm_micro"),
     "spectformer": ("spectformer_micro", "spectformer_h_micro"),
     "swin": ("swin_micro", "swinv2_micro", "swin_tiny_patch4_window7_224"),
     "tap_adl": ("tap_fan_micro", "tap_rvt_micro"),
-    "van": ("van_micro",),
     "twins": ("twins_micro",),
+    "van": ("van_micro",),
     "vit": ("vit_micro", "vit_small_patch14_reg4_dinov2"),
 }
 MICRO = (
     "a2mamba_micro",
     "agent_micro",
+    "alternet_micro",
     "attnet_micro",
     "biformer_micro",
     "crossformer_micro",
     "cswin_micro",
     "dat_micro",
+    "davit_micro",
     "ffnet_micro",
     "flatten_micro",
-    "davit_micro",
+    "gcvit_micro",
     "glnet_micro",
     "maxvit_micro",
-    "gcvit_micro",
+    "moh_micro",
     "nat_micro",
     "patchconvnet_micro",
     "pvt_micro",
     "pvt_v2_micro",
     "smt_micro",
+    "soft_micro",
     "spectformer_h_micro",
     "spectformer_micro",
     "swin_micro",
     "swinv2_micro",
     "tap_fan_micro",
     "tap_rvt_micro",
+    "twins_micro",
     "van_micro",
     "vit_micro",
 )
-    "twins_micro",
 
 
 SAMPLED = ("nat_micro", "swin_micro", "vit_micro")
@@ -99,8 +105,6 @@ def image(height: int = 64, width: int = 80, batch: int = 2, channels: int = 3) 
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(2))
 
 
-def ceil_div(size: int, stride: int) -> int:
-    return -(-size // stride)
 # families whose maps are rounded down, and why
 FLOORED = {"twins_*": "as published, patches are cut from the map as far as they go"}
 
@@ -110,3 +114,5 @@ def map_side(name: str, size: int, stride: int) -> int:
     return size // stride if any(fnmatch.fnmatchcase(name, p) for p in FLOORED) else ceil_div(size, stride)
 
 
+def ceil_div(size: int, stride: int) -> int:
+    return -(-size // stride)

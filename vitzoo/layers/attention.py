@@ -24,6 +24,14 @@ def check_heads(dim: int, num_heads: int) -> int:
     return dim // num_heads
 
 
+def unit_length(x: Tensor) -> Tensor:
+    """``x`` ``[..., D]`` over its norm; a vector of zeros (the k of a padded token) stays one.
+
+    The published epsilon is 1e-12, which is 0 in fp16.
+    """
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
 class PatternAttention(nn.Module):
     """Self-attention along a 2-D pattern, with a trained relative position bias.
 
@@ -249,3 +257,11 @@ class MixedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}"
+
+
+class FullAttention(MixedAttention):
+    """Softmax attention among all tokens of a map ``[B, H, W, C]``, or of a sequence ``[B, L, C]``."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = (self.num_heads, self.head_dim)
+        return attend(*(t.flatten(1, -2).unflatten(-1, heads) for t in (q, k, v))).reshape(q.shape)

@@ -18,6 +18,8 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from vitzoo.layers.mixture import routing_loss
+
 __all__ = ["Backbone", "FeatureGetterNet", "configure", "feature_take_indices", "pair"]
 
 Config = TypeVar("Config")
@@ -129,6 +131,20 @@ class Backbone(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The last linear layer, or an Identity."""
         raise NotImplementedError
+
+    def extra_loss(self, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor | None:
+        """What parts of the model learn beside the labels, from the last forward in training.
+
+        Args:
+            images: of that forward; every ``extra_loss`` takes them, and the next two, whether it looks at them or not.
+            labels: what they show.
+            logits: what came out.
+
+        Returns:
+            A scalar to be added to the task's loss; None where there is nothing to learn.
+        """
+        del images, labels, logits
+        return routing_loss(self)
 
     def record_input_size(self, img_size: int | tuple[int, int] | None, **model_args: Any) -> None:
         """Tell timm the nominal image size of this instance, so that data configs built from it are right."""

@@ -140,12 +140,15 @@ class Stage(nn.Module):
         return x
 
     def _may_be_cut(self, x: Tensor) -> bool:
-        """In eager inference on a CPU, where no hook and no batch norm in training would see a part of the batch."""
+        """In eager inference on a CPU, where nothing would see a part of the batch that should see all of it, such as a hook."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return False
         if type(x) is not Tensor or x.device.type != "cpu":  # an FX proxy, a subclass, another device
             return False
-        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules())
+        return not any(
+            m.training or m._forward_hooks or m._forward_pre_hooks or getattr(m, "sees_batch", False)
+            for m in self.blocks.modules()
+        )
 
 
 class Pyramid(Backbone):
@@ -232,6 +235,11 @@ class Pyramid(Backbone):
         cfg = self.cfg
         return ClassifierHead(self.num_features, cfg.num_classes, cfg.global_pool, cfg.drop_rate)
 
+    def as_map(self, i: int, x: Tensor) -> Tensor:
+        """The map in what stage ``i`` puts out, which is more where a class token travels with it."""
+        del i
+        return x
+
     # -- forward --------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -281,11 +289,11 @@ class Pyramid(Backbone):
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
-                y = x
-                if self.cfg.feature_norm:
-                    y = self.feature_norms[i](y)
-                elif norm and i == len(self.stages) - 1:
-                    y = self.norm(y)
+                if norm and i == len(self.stages) - 1 and not self.cfg.feature_norm:
+                    y = self.norm(x)
+                else:
+                    y = self.as_map(i, x)
+                    y = self.feature_norms[i](y) if self.cfg.feature_norm else y
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps

@@ -150,7 +150,7 @@ def test_the_teacher_sees_pictures_normalised_as_it_learned_them(tmp_path):
 
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(UserError, match="No published weights"):
-        Teacher("nat_micro", None, 6, {}, None)
+        Teacher("van_micro", None, 6, {}, None)
     with pytest.raises(UserError, match=r"nat_mikro.*nat_micro"):
         Teacher("nat_mikro", "x", 6, {}, None)
 

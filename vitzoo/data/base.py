@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from .batches import StepBatches
-from .errors import UserError
+from .errors import UserError, within
 
 __all__ = ["StepData", "lists", "workers"]
 
@@ -67,6 +67,11 @@ class StepData(LightningDataModule):
     def train_batches(self) -> int:
         """Steps in a whole epoch; known without building a loader, so that a schedule can be computed from it."""
         return len(self.sets["train"]) // self.hparams.batch_size
+
+    def check_loading(self) -> None:
+        """Raise UserError where the batch or the number of loading processes is none."""
+        within("data.batch_size", self.hparams.batch_size, 1)
+        within("data.num_workers", self.num_workers, 0)
 
     def enough(self) -> None:
         """Refuse a training set smaller than a batch."""

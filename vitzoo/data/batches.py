@@ -32,9 +32,11 @@ def reseed(seed: int) -> None:
 Item = tuple[int, int, int | None]  # index, seed, size
 
 
-def parts(item: int | Item) -> tuple[int, int | None, int | None]:
+def parts(item: int | tuple[int, int] | Item) -> tuple[int, int | None, int | None]:
     """Index, seed and size that an item of a loader asks for; evaluation asks by index alone."""
-    return item if isinstance(item, tuple) else (item, None, None)
+    if not isinstance(item, tuple):
+        return item, None, None
+    return item if len(item) == 3 else (*item, None)
 
 
 class StepBatches(Sampler[list[Item]]):

@@ -280,7 +280,7 @@ class Annotated(Dataset):
             target["area"] = torch.tensor([objects.area[i] for i in chosen], dtype=torch.float32)
         return target
 
-    def __getitem__(self, item: int | Item) -> tuple[Tensor, dict[str, Any]]:
+    def __getitem__(self, item: int | tuple[int, int] | Item) -> tuple[Tensor, dict[str, Any]]:
         index, seed, _ = parts(item)
         if seed is not None:
             reseed(seed)

@@ -147,6 +147,7 @@ class DetectionData(StepData):
         self.save_hyperparameters()
         self.embedded = root == "scenes"
         self.num_workers = workers(num_workers, embedded=self.embedded)
+        self.check_loading()
         self.sets = {}
         self._records: dict[str, list[Record]] = {}
         self.classes = self._read("val")

@@ -9,7 +9,7 @@ from typing import Any
 from timm.data import resolve_data_config
 
 from .base import StepData, workers
-from .errors import UserError
+from .errors import UserError, among, within
 from .folders import Split, find_splits
 from .images import DigitImages, FolderImages, Images, list_images
 from .sources import Source, SourceImages, find_sources, read_class_map
@@ -108,7 +108,38 @@ class ImageData(StepData):
             self.classes, self.splits = find_splits(root, val_fraction, names)
         self.num_classes = len(self.classes)
         self.num_workers = workers(num_workers, embedded=not self.splits and not self.sources)
+        self._check()
         self.sets: dict[str, Images] = {}
+
+    def _check(self) -> None:
+        hp = self.hparams
+        self.check_loading()
+        for key in ("hflip", "vflip", "re_prob"):
+            within(f"data.{key}", hp[key], 0, 1)
+        for key, low in (("img_size", 1), ("repeats", 1), ("re_count", 1)):
+            within(f"data.{key}", hp[key], low)
+        for size in hp.sizes:
+            within("data.sizes", size, 1)
+        within("data.crop_pct", hp.crop_pct, 0, open_low=True)
+        for deviation in hp.std or ():
+            within("data.std", deviation, 0, open_low=True)
+        for key, count in (("mean", 3), ("std", 3), ("scale", 2), ("ratio", 2)):
+            if hp[key] is not None and len(hp[key]) != count:
+                raise UserError(f"data.{key} is {hp[key]} and must be {count} numbers.")
+        among("data.re_mode", hp.re_mode, ("const", "rand", "pixel"))
+        for key in ("interpolation", "train_interpolation"):
+            if hp[key] is not None:
+                among(f"data.{key}", hp[key], ("bilinear", "bicubic", "lanczos", "nearest", "random"))
+        if hp.train_crop is not None:
+            among("data.train_crop", hp.train_crop, ("rrc", "rkrc", "rkrr"))
+        if hp.auto_augment is not None:
+            try:
+                train_transform({"input_size": (3, 32, 32), "mean": (0, 0, 0), "std": (1, 1, 1)}, auto_augment=hp.auto_augment)
+            except (AssertionError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"data.auto_augment is {hp.auto_augment!r} and timm knows no such policy ({error}); one it knows is "
+                    "'rand-m9-mstd0.5-inc1'."
+                ) from error
 
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets of "fit", "validate", "test" or "predict", with the data config of the trainer's model."""

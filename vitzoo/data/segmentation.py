@@ -268,7 +268,7 @@ class Labelled(Dataset):
         picture = self.pairs[index][0]
         return picture if isinstance(picture, np.ndarray) else np.array(read_image(picture, exif=self.exif))
 
-    def __getitem__(self, item: int | Item) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: int | tuple[int, int] | Item) -> tuple[Tensor, Tensor]:
         index, seed, _ = parts(item)
         if seed is not None:
             reseed(seed)
@@ -340,6 +340,7 @@ class SegmentationData(StepData):
         self.save_hyperparameters()
         self.embedded = root == "scenes"
         self.num_workers = workers(num_workers, embedded=self.embedded)
+        self.check_loading()
         self.sets = {}
         names = ["ground", *SHAPES]
         self.found = Masks(names, {}, np.zeros(0, np.int64)) if self.embedded else find_masks(root, format, classes)

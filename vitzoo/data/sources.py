@@ -119,13 +119,13 @@ class Shards(Source):
         except (tarfile.TarError, OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a tar of pictures ({type(error).__name__}: {error}).") from error
         found: list[tuple[_Member, str, int | str]] = []
-        for name, member in pictures:
+        for name, where in pictures:
             place = PurePosixPath(name)
             key = str(place.parent / place.name.split(".")[0])
             label: int | str = numbers.get(key, place.parent.name)
             if label == "":
                 raise UserError(f"{path}: {name} has no class: neither a {place.name.split('.')[0]}.cls nor a folder.")
-            found.append((member, f"{path}/{name}", label))
+            found.append((where, f"{path}/{name}", label))
         return found
 
     def read(self, index: int) -> BinaryIO:

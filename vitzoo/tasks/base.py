@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from timm.optim import list_optimizers
 from timm.utils import adaptive_clip_grad
 from torch import Tensor
 from torch.optim import Optimizer
 
 from vitzoo.data.batches import mix, reseed
-from vitzoo.data.errors import UserError
-from vitzoo.tasks.optim import build_optimizer, build_schedule, scaled, updates_per_epoch
+from vitzoo.data.errors import UserError, among, within
+from vitzoo.tasks.optim import SCHEDULES, build_optimizer, build_schedule, scaled, updates_per_epoch
 
 __all__ = ["Task"]
 
@@ -119,10 +120,29 @@ class Task(LightningModule):
         hp = self.hparams
         return build_optimizer(self.model, hp.optimizer, lr, hp.weight_decay, hp.layer_decay, dict(hp.optimizer_kwargs))
 
+    def check_recipe(self) -> None:
+        """Raise UserError for numbers and names that no recipe can have."""
+        hp = self.hparams
+        within("model.lr", hp.lr, 0, open_low=True)
+        for key in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs"):
+            within(f"model.{key}", hp[key], 0)
+        within("model.lr_batch", hp.lr_batch, 1)
+        within("model.layer_decay", hp.layer_decay, 0, 1, open_low=True)
+        within("model.ema", hp.ema, 0, 1)
+        within("model.drop_path", hp.drop_path, 0, 0.999)
+        within("model.decay_epochs", hp.decay_epochs, 0, open_low=True)
+        among("model.schedule", hp.schedule, SCHEDULES)
+        among("model.optimizer", hp.optimizer.lower().removeprefix("lookahead_"), list_optimizers())
+
     def configure_optimizers(self) -> dict[str, Any]:
         """timm's optimiser and its schedule by update."""
         hp, rates, trainer = self.hparams, self.learning_rates(), self.trainer
-        optimizer = self.make_optimizer(rates["lr"])
+        within("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
+        try:
+            optimizer = self.make_optimizer(rates["lr"])
+        except (TypeError, ValueError) as error:
+            given = f" with {dict(hp.optimizer_kwargs)}" if hp.optimizer_kwargs else ""
+            raise UserError(f"model.optimizer {hp.optimizer!r}{given}: {error}") from error
         # not trainer.estimated_stepping_batches: it makes the training loader before the loops are restored
         per_epoch = updates_per_epoch(trainer.datamodule.epoch_batches(), trainer.accumulate_grad_batches)
         epochs = trainer.max_epochs

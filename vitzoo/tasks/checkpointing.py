@@ -82,8 +82,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             found = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
-            whole = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
-            what = "holds objects whose loading could run code, so it was not loaded" if whole else "is no checkpoint"
+            with open(path, "rb") as file:
+                pickled = file.read(1) in (b"P", b"\x80")  # a zip of torch.save, or the older format
+            what = "holds objects whose loading could run code, so it was not loaded" if pickled else "is no checkpoint"
             raise UserError(f"{path} {what}. Give a checkpoint that a run of train.py wrote.") from error
         except Exception as error:  # a damaged file makes torch raise RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...
             raise UserError(

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import vitzoo
-from vitzoo.data.errors import UserError
+from vitzoo.data.errors import UserError, among, within
 from vitzoo.tasks import tuning
 from vitzoo.tasks.base import Task
 from vitzoo.tasks.losses import build_loss, build_mixup
@@ -139,6 +139,15 @@ class Classification(Task):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.check_recipe()
+        for key in ("smoothing", "mixup_prob", "mixup_switch_prob", "distill_weight"):
+            within(f"model.{key}", self.hparams[key], 0, 1)
+        for key in ("mixup", "cutmix"):
+            within(f"model.{key}", self.hparams[key], 0)
+        among("model.mixup_mode", mixup_mode, ("batch", "pair", "elem", "half"))
+        within("model.temperature", temperature, 0, open_low=True)
+        within("model.agc", agc, 0, open_low=True)
+        within("model.lora_rank", lora_rank, 1)
         extra = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         self.model: Any = _create(name, pretrained and weights is None, num_classes, extra)
         if weights is not None:
@@ -147,12 +156,11 @@ class Classification(Task):
         self.teacher: Teacher | None = None
         self.token_head: TokenHead | None = None
         if teacher is not None:
-            if distill not in KINDS:
-                raise UserError(f"model.distill is {distill!r} and must be {', '.join(KINDS)}.")
+            among("model.distill", distill, KINDS)
             if distill == "token":
-                self.token_head = TokenHead(self.model.num_features, num_classes)
+                self.token_head = TokenHead(cast(Any, self.model).num_features, num_classes)
             if hasattr(self.model, "set_distilled_training"):
-                self.model.set_distilled_training(distill != "token")
+                cast(Any, self.model).set_distilled_training(distill != "token")
         if grad_checkpointing:
             cast(Any, self.model).set_grad_checkpointing(True)
         if channels_last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import re
 import sys
@@ -17,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vitzoo.data import DetectionData, ImageData, SegmentationData, UserError
+from vitzoo.data.errors import within
 from vitzoo.tasks.checkpointing import AtomicCheckpointIO, Checkpoints
 from vitzoo.tasks.classification import Classification
 from vitzoo.tasks.detection import Detection
@@ -61,12 +63,23 @@ def task_of(arguments: list[str]) -> str:
                     content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
                 except (yaml.YAMLError, UnicodeDecodeError) as error:
                     raise UserError(f"{value} is no YAML: {' '.join(str(error).split())}") from error
-                named = content.get("task", named) if isinstance(content, dict) else named
+                _is_config(value, content)
+                named = content.get("task", named)
     if named not in TASKS:
         near = difflib.get_close_matches(str(named), TASKS, n=1)
         hint = f" The nearest is {near[0]!r}." if near else ""
         raise UserError(f"There is no task {named!r}; there are {', '.join(TASKS)}.{hint}")
     return named
+
+
+def _is_config(path: str, content: Any) -> None:
+    """Raise UserError where a YAML file holds no keys, or refers to itself."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no config: that is a file of keys such as model.name, as those in configs/ are.")
+    try:
+        json.dumps(content, default=str)
+    except ValueError as error:
+        raise UserError(f"{path} is no config: a part of it refers to itself.") from error
 
 
 def quiet() -> None:
@@ -89,6 +102,9 @@ def quiet() -> None:
 
 class _Parser(LightningArgumentParser):
     """Answers a wrong key with the nearest right one, in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})  # a key that is nearly one is a mistake
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())
@@ -169,6 +185,8 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint that ``ckpt_path`` means."""
         config = self.config[self.subcommand]
+        within("save_every", config.save_every, 1)
+        within("trainer.gradient_clip_val", config.trainer.gradient_clip_val, 0)
         given, out = config.ckpt_path, Path(config.out)
         self.goes_on = given is not None
         path = {"last": out / "last.ckpt", "best": out / "best.ckpt"}.get(str(given), given)
@@ -209,14 +227,17 @@ class Command(LightningCLI):
         elif trainer.logger is None:
             kwargs["logger"] = False
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
-        return super().instantiate_trainer(
-            default_root_dir=out,
-            callbacks=callbacks,
-            enable_progress_bar=bar,
-            enable_model_summary=False,
-            plugins=[*plugins, AtomicCheckpointIO()],
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                default_root_dir=out,
+                callbacks=callbacks,
+                enable_progress_bar=bar,
+                enable_model_summary=False,
+                plugins=[*plugins, AtomicCheckpointIO()],
+                **kwargs,
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def before_fit(self) -> None:
         """Say what is about to be trained; move an earlier run in the same folder aside."""

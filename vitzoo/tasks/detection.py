@@ -122,6 +122,7 @@ class Detection(Task):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.check_recipe()
         extra_kwargs = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         try:
             self.model: Any = detector(

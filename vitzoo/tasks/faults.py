@@ -67,6 +67,8 @@ def in_words(error: BaseException) -> str | None:
         return f"The disk is full ({error.filename or text}). Make room or give another --out; --ckpt_path last goes on."
     if isinstance(error, PermissionError):
         return f"{error.filename or text} may not be written or read. Give another --out or --data.root, or the rights."
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}. Is --out, --data.root or another path wrong?"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, and importing it here costs seconds
         return f"{text} (--trainer.accelerator cpu always works; --trainer.devices is the number to use.)"
     if isinstance(error, ValueError) and ("optimizer" in text or "parameter group" in text) and "loaded state" in text:

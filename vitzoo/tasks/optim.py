@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from vitzoo.data.errors import UserError
 from vitzoo.heads.maps import Maps, parameter_layers, undecayed
 
-__all__ = ["build_optimizer", "build_schedule", "dense_groups", "scaled", "updates_per_epoch"]
+__all__ = ["SCHEDULES", "build_optimizer", "build_schedule", "dense_groups", "scaled", "updates_per_epoch"]
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant")  # of timm's, those that are counted in updates
 
 
 def scaled(lr: float, batch: int, base_batch: int | None, rule: str = "linear") -> float:

@@ -162,6 +162,7 @@ class Segmentation(Task):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.check_recipe()
         extra_kwargs = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         try:
             self.model = segmenter(

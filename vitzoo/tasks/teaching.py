@@ -35,7 +35,9 @@ class Teacher:
     def __init__(self, name: str, weights: str | None, classes: int, kwargs: dict[str, Any], img_size: int | None) -> None:
         self.img_size = img_size
         try:
-            model: Any = vitzoo.create_model(name, pretrained=weights is None, **kwargs, **_classes(weights, classes))
+            if weights is not None:
+                kwargs = {**kwargs, "num_classes": classes}
+            model: Any = vitzoo.create_model(name, pretrained=weights is None, **kwargs)
         except (TypeError, ValueError, RuntimeError, KeyError, OSError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise UserError(f"model.teacher {name!r}: {text}") from error
@@ -91,10 +93,6 @@ class Teacher:
                 f"{found.shape[1]} channels. Take another model.teacher, or --model.distill soft."
             )
         return head(found.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
-
-
-def _classes(weights: str | None, classes: int) -> dict[str, int]:
-    return {} if weights is None else {"num_classes": classes}
 
 
 class TokenHead(nn.Module):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import logging
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from vitzoo import checkpoints
-from vitzoo.data.errors import UserError
+from vitzoo.data.errors import UserError, among
 
 __all__ = ["load_weights", "resting", "tune"]
 
@@ -38,6 +38,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         state = checkpoints.unwrap(checkpoints.read(path))
     except (ValueError, OSError) as error:
         raise UserError(f"model.weights: {error}") from error
+    except Exception as error:  # a damaged file makes torch raise anything
+        raise UserError(f"model.weights: {path} cannot be read ({type(error).__name__}: {error}). It is damaged.") from error
     own = model.state_dict()
     left_out = [key for key in own if key in state and own[key].shape != state[key].shape and _of_classifier(model, key)]
     state |= {key: own[key] for key in left_out}
@@ -68,11 +70,7 @@ def tune(model: nn.Module, how: str, frozen: list[str], rank: int, alpha: float,
     Raises:
         UserError: An unknown ``how``, a wildcard or targets that name nothing, peft is not installed.
     """
-    if how not in TUNE:
-        near = difflib.get_close_matches(how, TUNE, n=1)
-        raise UserError(
-            f"model.tune is {how!r} and must be {', '.join(TUNE)}.{f' The nearest is {near[0]!r}.' if near else ''}"
-        )
+    among("model.tune", how, TUNE)
     names = [name for name, _ in model.named_parameters()]
     for pattern in frozen:
         if not fnmatch.filter(names, pattern):
@@ -109,7 +107,7 @@ def _add_lora(model: nn.Module, rank: int, alpha: float, targets: str) -> None:
     if not chosen:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(f"model.lora_targets {targets!r} ends the name of no Linear; their names end in {', '.join(known)}.")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=cast(Any, alpha), target_modules=chosen), model)
 
 
 def resting(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitzoo.bench import __main__ as command
-from vitzoo.bench import ops, timing
+from vitzoo.bench import ops, timing, token_ops
 from vitzoo.patterns import grid, neighborhood, window
 
 CPU = torch.device("cpu")
@@ -36,8 +36,20 @@ def test_a_wrong_op_is_not_timed(monkeypatch):
         ops.measure(SMALL[1], CPU, torch.float32, rounds=1)
 
 
+@pytest.mark.parametrize("op", ["linear_attend", "channel_attend"])
+def test_ops_on_tokens_are_measured_by_the_same_rules(monkeypatch, op):
+    case = token_ops.TokenCase(op, 2, 35, head_dim=8)
+    result = token_ops.measure(case, CPU, torch.float32, rounds=1)
+    assert list(result.forward_ms) == ["pytorch"]
+    assert "GPU" in result.refused["compiled"]
+    monkeypatch.setattr(token_ops, "ways", lambda device: {"pytorch": lambda q, k, v, op: v * 1.0})
+    with pytest.raises(RuntimeError, match="not timed"):
+        token_ops.measure(case, CPU, torch.float32, rounds=1)
+
+
 def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ops, "CPU_CASES", SMALL)
+    monkeypatch.setattr(token_ops, "CPU_CASES", [token_ops.TokenCase("linear_attend", 1, 20, head_dim=8)])
     assert (
         command.main(["ops", "--device", "cpu", "--dtype", "float32", "--rounds", "1", "--json", str(tmp_path / "x.json")]) == 0
     )

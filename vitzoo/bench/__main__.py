@@ -3,7 +3,7 @@
     python -m vitzoo.bench models                       # whole models against timm's, or against an unfold
     python -m vitzoo.bench models nat_tiny --forward-only
     python -m vitzoo.bench accelerate davit_tiny        # a model of timm's against what vitzoo.accelerate makes of it
-    python -m vitzoo.bench ops                          # attend2d against FlexAttention, unfold, SDPA with a bias, NATTEN
+    python -m vitzoo.bench ops                          # ops against FlexAttention, unfold, SDPA with a bias, NATTEN, PyTorch
     python -m vitzoo.bench all --out DIR                # checks (on a GPU) and every table, as Markdown and JSON
 
 Everything is measured in one process, interleaved; ratios are baseline over ours, so above 1 is faster or smaller.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vitzoo.bench import accelerate, dense, models, ops
+from vitzoo.bench import accelerate, calls, dense, models, ops, token_ops
 from vitzoo.bench.timing import environment
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--forward-only", action="store_true", help="leave out training")
     sub.set_defaults(run=_accelerate)
 
-    sub = commands.add_parser("ops", help="attend2d against other ways to compute it")
+    sub = commands.add_parser("ops", help="ops against other ways to compute them")
     gpu = torch.cuda.is_available()
     sub.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: the GPU where there is one)")
     sub.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16" if gpu else "float32")
@@ -114,16 +114,18 @@ def _ops(args: argparse.Namespace, command: str) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch sees no GPU. Leave --device out for the CPU table.")
-    cases = ops.GPU_CASES if device.type == "cuda" else ops.CPU_CASES
+    gpu = device.type == "cuda"
+    cases = [*(ops.GPU_CASES if gpu else ops.CPU_CASES), *(token_ops.GPU_CASES if gpu else token_ops.CPU_CASES)]
     results, wrong = [], []
     for i, case in enumerate(cases):
         _progress(i, cases, str(case))
         try:
-            results.append(ops.measure(case, device, getattr(torch, args.dtype), args.rounds))
+            measure: Any = ops.measure if isinstance(case, ops.OpCase) else token_ops.measure
+            results.append(measure(case, device, getattr(torch, args.dtype), args.rounds))
         except RuntimeError as reason:  # wrong, or out of memory: the others are still worth their time
             wrong.append(str(reason).splitlines()[0])
-    text = ops.table(results) + "".join(f"\n\nNot timed: {line}" for line in wrong)
-    _report(command, environment(device, args.dtype), text, [ops.as_json(r) for r in results], args.json)
+    text = calls.table(results) + "".join(f"\n\nNot timed: {line}" for line in wrong)
+    _report(command, environment(device, args.dtype), text, [calls.as_json(r) for r in results], args.json)
     return 1 if wrong else 0
 
 

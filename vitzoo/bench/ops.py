@@ -6,8 +6,7 @@ An op whose result is wrong is not timed. A way that cannot run a case says why 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.bench.baselines import unfolded_neighborhood
-from vitzoo.bench.timing import ceiling, interleaved, markdown, peak_mib
+from vitzoo.bench.calls import OpResult, Way, refuse_wrong, timed
 from vitzoo.ops import attend2d, using
 from vitzoo.patterns import Pattern, grid, halo, neighborhood, stripe, window
 
@@ -73,37 +72,6 @@ CPU_CASES = (
     OpCase(neighborhood(7, dilation=8), 8, (56, 56)),
 )
 """What ``python -m vitzoo.bench ops`` runs on a CPU."""
-
-
-@dataclass(frozen=True)
-class OpResult:
-    """A measured row: milliseconds by way, and what our call moved and computed at least.
-
-    Attributes:
-        case: what was measured.
-        dtype: of q, k and v.
-        error: largest difference from the definition in fp64, of its largest value.
-        forward_ms: by way; ours is the first.
-        backward_ms: by way, without the forward.
-        memory_mib: of our forward and backward together; None on a CPU.
-        refused: ways that could not run it, with the reason.
-        of_copy: bytes of forward and of backward over what a copy would move in the same time.
-        of_product: the same for FLOPs and a matrix product.
-    """
-
-    case: OpCase
-    dtype: str
-    error: float
-    forward_ms: dict[str, float]
-    backward_ms: dict[str, float]
-    memory_mib: dict[str, float | None]
-    of_copy: tuple[float, float]
-    of_product: tuple[float, float]
-    refused: dict[str, str] = field(default_factory=dict)
-
-
-Way = Callable[..., Tensor]
-"""q, k, v ``[B, H, W, N, D]``, pattern, table or None, to ``[B, H, W, N, D]``."""
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, impl: str | None) -> Tensor:
@@ -262,74 +230,17 @@ def measure(case: OpCase, device: torch.device, dtype: torch.dtype, rounds: int 
     candidates = ways(device)
     mine = next(iter(candidates))
     error = error_of(candidates[mine], case, device, dtype)
-    allowed = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
-    if not error <= allowed:
-        raise RuntimeError(f"{case}: {mine} is off by {error:.1e}, more than {allowed:g}: not timed.")
-    sets = [_inputs(case, case.size, case.batch, device, dtype) for _ in range(3 if device.type == "cuda" else 1)]
-    turn = {"forward": 0, "backward": 0}
+    refuse_wrong(f"{case}: {mine}", error, dtype)
+    sets = []
+    for _ in range(3 if device.type == "cuda" else 1):
+        packed, table, cotangent = _inputs(case, case.size, case.batch, device, dtype)
+        sets.append(([packed] if table is None else [packed, table], cotangent))
 
-    def forward(way: Way) -> None:
-        packed, table, _ = sets[turn["forward"] % len(sets)]
-        turn["forward"] += 1
-        with torch.no_grad():
-            way(*packed.unbind(3), case.pattern, table)
+    def call(way: Way, packed: Tensor, table: Tensor | None = None) -> Tensor:
+        return way(*packed.unbind(3), case.pattern, table)
 
-    def both(way: Way) -> None:
-        packed, table, cotangent = sets[turn["backward"] % len(sets)]
-        turn["backward"] += 1
-        way(*packed.unbind(3), case.pattern, table).backward(cotangent)
-        packed.grad = None
-        if table is not None:
-            table.grad = None
-
-    able, refused = {}, {}
-    for name, way in candidates.items():
-        try:
-            both(way)
-            able[name] = way
-        except (ValueError, NotImplementedError, torch.OutOfMemoryError) as reason:
-            refused[name] = str(reason).splitlines()[0]
-    ahead = interleaved([partial(forward, way) for way in able.values()], device, rounds)
-    whole = interleaved([partial(both, way) for way in able.values()], device, rounds)
-    backward = [max(b - a, 0.0) for a, b in zip(ahead, whole, strict=True)]
-
-    top = ceiling(device, dtype)
     tokens = case.batch * case.size[0] * case.size[1] * case.heads
     moved = tokens * case.head_dim * dtype.itemsize
     flops = 4 * case.batch * case.heads * case.head_dim * case.pattern.pairs(*case.size)
     reads = (4 * moved + 4 * tokens, 8 * moved + 8 * tokens)  # q k v out lse; q k v out dout, dq dk dv, lse and delta
-    work = (flops, 2.5 * flops)
-    times = (ahead[0], backward[0])
-    return OpResult(
-        case,
-        str(dtype).removeprefix("torch."),
-        error,
-        dict(zip(able, (1e3 * t for t in ahead), strict=True)),
-        dict(zip(able, (1e3 * t for t in backward), strict=True)),
-        {name: peak_mib(partial(both, way), device) for name, way in able.items()},
-        tuple(b / t / top.bytes_per_second if t else 0.0 for b, t in zip(reads, times, strict=True)),  # type: ignore[arg-type]
-        tuple(f / t / top.flops_per_second if t else 0.0 for f, t in zip(work, times, strict=True)),  # type: ignore[arg-type]
-        refused,
-    )
-
-
-def table(results: list[OpResult]) -> str:
-    """Markdown: our milliseconds, the others as ratios to ours."""
-    others = sorted({name for r in results for name in list(r.forward_ms)[1:]})
-    head = ["case", "error", "forward ms", "of copy", "of product", *others]
-    head += ["backward ms", "of copy", "of product", *others, "memory MiB"]
-    rows = []
-    for r in results:
-        cells = [str(r.case), f"{r.error:.0e}"]
-        for times, copied, computed in zip((r.forward_ms, r.backward_ms), r.of_copy, r.of_product, strict=True):
-            own = next(iter(times.values()))
-            cells += [f"{own:.3f}", f"{copied:.0%}", f"{computed:.0%}"]
-            cells += [f"{times[name] / own:.2f}" if name in times and own else "" for name in others]
-        memory = next(iter(r.memory_mib.values()))
-        rows.append([*cells, "" if memory is None else f"{memory:.0f}"])
-    return markdown(head, rows)
-
-
-def as_json(result: OpResult) -> dict[str, Any]:
-    """A result with its pattern as text."""
-    return {**asdict(result), "case": str(result.case)}
+    return timed(case, error, candidates, call, sets, reads, (flops, 2.5 * flops), rounds)

@@ -1,6 +1,6 @@
 """The dispatcher's view of match: `torch.ops.vitzoo.match`, one opaque node in a captured graph.
 
-The CPU kernel here is the definition; the gradient is that of the product of a token with its partner.
+The CPU kernel here is the definition.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from vitzoo.ops.match import reference
+from vitzoo.ops.match.gradient import backward
 
 torch.library.define("vitzoo::match", "(Tensor a, Tensor b) -> (Tensor best, Tensor index)")
 
@@ -29,12 +30,6 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dbest, _):
     return backward(dbest, *ctx.saved_tensors)
-
-
-def backward(dbest, a, b, index):
-    """da and db: each pair gives the other's token."""
-    at = index[..., None].expand(-1, -1, a.shape[2])
-    return dbest[..., None] * b.gather(1, at), torch.zeros_like(b).scatter_add(1, at, dbest[..., None] * a)
 
 
 torch.library.register_autograd("vitzoo::match", _autograd, setup_context=_setup_context)

@@ -50,6 +50,6 @@ class _Interpreted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dbest, _):
-        from vitzoo.ops.match.registration import backward
+        from vitzoo.ops.match.gradient import backward
 
         return backward(dbest, *ctx.saved_tensors)

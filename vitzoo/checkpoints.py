@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file: safetensors, or PyTorch's format with ``weights_only``.
+    """Read a checkpoint file: safetensors, or PyTorch's format with ``weights_only``; its content tells which.
 
     Args:
         path: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file.
@@ -40,7 +40,7 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -60,6 +60,13 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a checkpoint. Save a state_dict.")
     return dict(loaded)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, with the length of a JSON header."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < 100_000_000
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -37,19 +37,20 @@ class Check:
     error: float
 
 
-def sizes_to_check(size: tuple[int, int], batch: int, dynamic: bool) -> list[tuple[int, int, int]]:
+def sizes_to_check(size: tuple[int, int], batch: int, dynamic: str) -> list[tuple[int, int, int]]:
     """Batch, rows and columns that an exported model is checked at: those of the example, and where it is dynamic an odd one.
 
     Args:
         size: rows and columns of the example.
         batch: its images.
-        dynamic: whether other sizes are allowed.
+        dynamic: what may differ from the example.
 
     Returns:
         One or two triples.
     """
     first = (batch, *size)
-    return [first, (1, max(LEAST, size[0] - 27) | 1, max(LEAST, size[1] + 13) | 1)] if dynamic else [first]
+    odd = (1, max(LEAST, size[0] - 27) | 1, max(LEAST, size[1] + 13) | 1)
+    return {"all": [first, odd], "batch": [first, (1, *size)], "none": [first]}[dynamic]
 
 
 def to_program(
@@ -58,7 +59,7 @@ def to_program(
     size: tuple[int, int],
     *,
     batch: int = 2,
-    dynamic: bool = True,
+    dynamic: str = "all",
     tolerance: float = 1e-4,
 ) -> list[Check]:
     """Write a model as torch.export's program (``torch.export.load(path).module()``).
@@ -67,8 +68,8 @@ def to_program(
         model: in eval mode, on the CPU.
         path: a ``.pt2`` file.
         size: rows and columns of the example.
-        batch: its images, at least 2 where the graph is dynamic.
-        dynamic: any batch and image size; else the example's.
+        batch: its images, at least 2 where the batch may differ.
+        dynamic: what may differ from the example: "all" (batch and image size), "batch" or "none".
         tolerance: see :class:`Check`.
 
     Returns:
@@ -91,7 +92,7 @@ def to_onnx(
     size: tuple[int, int],
     *,
     batch: int = 2,
-    dynamic: bool = True,
+    dynamic: str = "all",
     tolerance: float = 1e-4,
     opset: int = 18,
 ) -> list[Check]:
@@ -101,8 +102,8 @@ def to_onnx(
         model: in eval mode, on the CPU.
         path: a ``.onnx`` file.
         size: rows and columns of the example.
-        batch: its images, at least 2 where the graph is dynamic.
-        dynamic: any batch and image size; else the example's.
+        batch: its images, at least 2 where the batch may differ.
+        dynamic: what may differ from the example: "all" (batch and image size), "batch" or "none".
         tolerance: see :class:`Check`.
         opset: of the file.
 
@@ -136,17 +137,21 @@ def to_onnx(
         return _checked(model, run, sizes_to_check(size, batch, dynamic), tolerance, path)
 
 
-def _captured(model: nn.Module, size: tuple[int, int], batch: int, dynamic: bool) -> Any:
-    if dynamic and batch < 2:
-        raise ValueError("A dynamic batch needs an example of at least 2 images: a graph of one image is made for one.")
-    shapes = {0: Dim("batch", min=1, max=4096), 2: Dim("height", min=LEAST, max=4096), 3: Dim("width", min=LEAST, max=4096)}
-    # height and width that are equal in the example would be taken for one number
-    height, width = size if not dynamic or size[0] != size[1] else (size[0], size[1] + 32)
-    if dynamic:
-        height, width = max(height, 2 * LEAST), max(width, 2 * LEAST + 14)
+def _captured(model: nn.Module, size: tuple[int, int], batch: int, dynamic: str) -> Any:
+    if dynamic not in ("all", "batch", "none"):
+        raise ValueError(f'dynamic must be "all", "batch" or "none", got {dynamic!r}.')
+    if dynamic != "none" and batch < 2:
+        raise ValueError("A batch that may differ needs an example of at least 2 images: a graph of one is made for one.")
+    height, width = size
+    shapes = {} if dynamic == "none" else {0: Dim("batch", min=1, max=4096)}
+    if dynamic == "all":
+        shapes |= {2: Dim("height", min=LEAST, max=4096), 3: Dim("width", min=LEAST, max=4096)}
+        # no map of the example may have a single row or column, nor as many rows as columns: the graph would be made for that
+        height, width = max(height, 270), max(width, 350)
+        width += 32 * (height == width)
     example = torch.zeros(batch, getattr(model, "in_chans", 3), height, width)
     with torch.no_grad(), _quiet():
-        return torch.export.export(model, (example,), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
+        return torch.export.export(model, (example,), dynamic_shapes=(shapes or None,), strict=False)
 
 
 def _checked(

@@ -39,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
     if "." in args.model and args.model not in rows:
         raise ValueError(f"{known['name']} has no weights of that tag. It has: {', '.join(rows) or 'none'}.")
     row = rows.get(args.model) or next(iter(rows.values()), None)
-    if args.out is None and (row is None or args.num_classes is not None):
+    path = args.out
+    if path is None and row is not None and args.num_classes is None:
+        path = weights.converted(row)
+    if path is None:
         raise ValueError(f"No published checkpoint is known for {args.model}, so say where to write with --out.")
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
     model = load(vitzoo.create_model(args.model, **classes), args.file, adapt=False)
-    path = args.out or weights.converted(row)
     save(model, path)
     count = sum(p.numel() for p in model.parameters())
     print(f"{args.file} fits {args.model}: {count:,} learned numbers, written to {path}")

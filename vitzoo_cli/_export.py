@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from vitzoo_cli import _index
 from vitzoo_cli._info import size_of
@@ -24,7 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-classes", type=int, help="of the classifier")
     parser.add_argument("--features", action="store_true", help="the NCHW maps instead of the classifier")
     parser.add_argument("--size", type=size_of, metavar="ROWSxCOLS", help="of the example image (default: as published)")
-    parser.add_argument("--fixed", action="store_true", help="this batch and image size only")
+    parser.add_argument(
+        "--dynamic",
+        choices=["all", "batch", "none"],
+        default="all",
+        help="what may differ from the example: batch and image size (default; ONNX takes a minute), the batch, nothing",
+    )
     parser.add_argument("--batch", type=int, default=2, help="of the example (default 2)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference from eager (default 1e-4)")
     parser.add_argument("--accept-license", action="store_true", help="its non-commercial licence has been read")
@@ -40,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     import vitzoo
     from vitzoo import exporting
 
-    options = {"features_only": True} if args.features else {}
+    options: dict[str, Any] = {"features_only": True} if args.features else {}
     if args.num_classes is not None:
         options["num_classes"] = args.num_classes
     if args.checkpoint is not None:
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     model = vitzoo.create_model(args.model, **options).eval()
     size = args.size or tuple(known["img_size"])
     write = exporting.to_onnx if args.out.suffix == ".onnx" else exporting.to_program
-    checks = write(model, args.out, size, batch=args.batch, dynamic=not args.fixed, tolerance=args.tolerance)
+    checks = write(model, args.out, size, batch=args.batch, dynamic=args.dynamic, tolerance=args.tolerance)
     for check in checks:
         print(f"batch {check.batch}, {check.height} x {check.width}: largest difference from eager {check.error:.1e}")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")

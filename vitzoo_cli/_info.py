@@ -45,12 +45,10 @@ def run(args: argparse.Namespace) -> int:
     rows = list(vitzoo.checkpoints_of(known["name"]).values())
     if args.json:
         layers = [dataclasses.asdict(part) for part in parts]
-        for part in layers:
-            for attention in part["attention"]:
-                attention["pattern"] = None
-        for part, layer in zip(parts, layers, strict=True):
-            for attention, plain in zip(part.attention, layer["attention"], strict=True):
-                plain["pattern"] = None if attention.pattern is None else repr(attention.pattern)
+        for layer, part in zip(layers, parts, strict=True):
+            layer["attention"] = [
+                {**dataclasses.asdict(a), "pattern": None if a.pattern is None else repr(a.pattern)} for a in part.attention
+            ]
         print(json.dumps({**known, "parts": layers, "weights": [dataclasses.asdict(row) for row in rows]}, indent=1))
         return 0
     size = args.size or tuple(known["img_size"])

@@ -14,6 +14,7 @@ EXAMPLES = (
     "vitzoo visualize pattern --pattern 'neighborhood(5, dilation=2)' --size 20x28 --out natten.png",
     "vitzoo visualize pattern --model swin_tiny_patch4_window7_224 --out swin.png",
     "vitzoo visualize attention --model deit_tiny_patch16_224 --image photo.jpg --layer -1 --out attention.png",
+    "vitzoo visualize tokens --model deit_small_patch16_224 --method tome --r 13 --image photo.jpg --out tokens.png",
     "vitzoo visualize gradcam --model nat_micro.digits --image digit.png --out gradcam.png",
 )
 NOUNS = ("window", "grid", "dilated_window", "stripe", "axial", "halo", "neighborhood", "everywhere", "Span", "Pattern")
@@ -34,6 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", type=int, help="attention: one head (default: their mean)")
     parser.add_argument("--target", type=int, help="rollout, gradcam: the class (default: the likeliest)")
     parser.add_argument("--method", default="tome", help="tokens: the reduction (default tome)")
+    parser.add_argument("--r", type=int, help="tokens: how many merge in each block (tome)")
+    parser.add_argument("--keep-rate", type=float, help="tokens: share of the patches that stays (evit, dynamicvit, ...)")
+    parser.add_argument("--options", metavar="JSON", help="tokens: further options of the method")
     parser.add_argument("--pattern", metavar="CALL", help=f"pattern: a call of vitzoo.patterns ({', '.join(NOUNS[:-2])})")
     parser.add_argument("--size", type=size_of, metavar="ROWSxCOLS", help="pattern: of the map (default 14)")
     parser.add_argument("--query", type=size_of, metavar="ROWxCOL", help="pattern: the token that looks")
@@ -49,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.image.is_file():
         raise ValueError(f"There is no picture at {args.image}.")
     _index.named(args.model)
-    from vitzoo_cli import _pictures
+    if args.kind == "tokens":
+        from vitzoo_cli import _tokens
 
-    getattr(_pictures, args.kind)(args)
+        _tokens.draw(args)
+    else:
+        from vitzoo_cli import _pictures
+
+        getattr(_pictures, args.kind)(args)
     print(f"{args.kind} in {args.out}")
     return 0
 

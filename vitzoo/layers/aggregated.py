@@ -198,7 +198,7 @@ class LengthScaledAttention(nn.Module):
 class AggregatedAttention(LengthScaledAttention):
     """The same where a map is large: a token sees its eight neighbours and the pooled map, section 3.2.
 
-    To the values of neighbours goes also ``q . t_j + b_j``, with a learned token for each place, outside the softmax.
+    To the values of neighbours goes also ``q . t_j + b_j``, with a learned key for each place, outside the softmax.
 
     Args:
         slot: the place; ``slot.kv_ratio`` is by what the map is pooled.
@@ -217,14 +217,14 @@ class AggregatedAttention(LengthScaledAttention):
         self.sr = Linear(slot.dim, slot.dim)
         self.norm = nn.LayerNorm(slot.dim)
         self.near_bias = nn.Parameter(torch.empty(heads, 9))
-        self.near_tokens = nn.Parameter(torch.empty(heads, dim, 9))
+        self.near_keys = nn.Parameter(torch.empty(heads, dim, 9))
         self.near_weight = nn.Parameter(torch.empty(heads, 1, 9))
 
     def init_weights(self) -> None:
         """As published; a bias of 0.0004 is nearly none."""
         super().init_weights()
         nn.init.constant_(self.near_bias, 0.0004)
-        nn.init.trunc_normal_(self.near_tokens, std=0.02)
+        nn.init.trunc_normal_(self.near_keys, std=0.02)
         nn.init.zeros_(self.near_weight)
 
     def attend(self, x: Tensor) -> Tensor:
@@ -234,5 +234,5 @@ class AggregatedAttention(LengthScaledAttention):
         pooled = torch.stack([unit_length(cell_k), cell_v], dim=-3)
         table = self.cpb(log_offsets(x, self.ratio, self.reference, self.temperature))
         out = attend_aggregated(self.scaled(q, x), unit_length(k), v, pooled, self.near_bias, table, self.ratio)
-        weights = torch.einsum("bhwnd,ndk->bhwnk", q, self.near_tokens) + self.near_weight.squeeze(1)
+        weights = torch.einsum("bhwnd,ndk->bhwnk", q, self.near_keys) + self.near_weight.squeeze(1)
         return out + add_neighbors(v, weights)

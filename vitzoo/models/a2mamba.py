@@ -30,7 +30,7 @@ from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
 from vitzoo.ops import attend, selective_scan
 
-for _name in ("attend", "attend_near", "resize_pairs", "rotate", "selective_scan"):
+for _name in ("attend", "attend_near", "fuse_heads", "resize_pairs", "rotate", "selective_scan"):
     torch.fx.wrap(_name)
 
 
@@ -90,6 +90,13 @@ def resize_pairs(table: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(table[None].float(), size=(tokens, tokens), mode="bicubic", align_corners=False)[0].to(table.dtype)
 
 
+def fuse_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Heads mixed by ``weight`` ``[N, N]``, each channel of theirs alike: ``[B, H, W, N, D]``, unchanged."""
+    if torch.compiler.is_compiling():  # a product of matrices reshapes, and asks in a graph whether sizes divide
+        return (x[..., None, :, :] * weight[:, :, None]).sum(-2)
+    return weight @ x
+
+
 class StateSpace(nn.Module):
     """A scan along the rows of a map, one state for each channel; section 3.2.
 
@@ -130,8 +137,7 @@ class StateSpace(nn.Module):
 
     def read(self, u: Tensor, gathered: Tensor, c: Tensor) -> Tensor:
         """From u, the gathered states by head ``[B, H, W, N, D]`` and c to the map ``[B, H, W, C]``."""
-        # contiguous, so that a graph flattens it without questions about its sizes
-        fused = self.fusion(gathered.transpose(-2, -1)).transpose(-2, -1).contiguous().flatten(-2)
+        fused = (fuse_heads(gathered, self.fusion.weight) + self.fusion.bias[:, None]).flatten(-2)
         return fused * c + u * self.skip
 
 

@@ -74,11 +74,9 @@ class _Calls(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         if space == "vitzoo" and not name.endswith("backward") and args[0].ndim >= 4:
             q = args[0]
-            if name == "attend2d":
-                call = (name, tuple(args[4]), q.shape[1], q.shape[2], q.shape[3])
-            else:
-                call = (name, None, 0, 0, q.shape[-2] if name != "sample2d" else 0)
-            self.found[(self.part, *call)] += 1
+            ints, rows, cols = (tuple(args[4]), *q.shape[1:3]) if name == "attend2d" else (None, 0, 0)
+            key = self.part, name, ints, rows, cols, q.shape[-2]
+            self.found[key] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -94,7 +92,7 @@ def anatomy(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
         A row for each child of the model that has parameters or attends, and for each stage.
     """
     with torch.device("meta"):
-        model = create_model(name, **kwargs).eval()
+        model: Any = create_model(name, **kwargs).eval()
     cfg: Any = model.pretrained_cfg
     size = (img_size, img_size) if isinstance(img_size, int) else img_size or tuple(cfg["input_size"][1:])
     parts = _parts(model)

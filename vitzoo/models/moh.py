@@ -144,7 +144,7 @@ PUBLISHED = (
     (r"\.attn\.(wg(?:_\d)?)\.", lambda m: f".attn.router.{ROUTERS[m[1]]}."),
     (r"\.attn\.cpb_fc(\d)\.", lambda m: f".attn.cpb.{2 * int(m[1]) - 2}."),
     (r"\.attn\.relative_pos_bias_local$", ".attn.near_bias"),
-    (r"\.attn\.learnable_tokens$", ".attn.near_tokens"),
+    (r"\.attn\.learnable_tokens$", ".attn.near_keys"),
     (r"\.attn\.learnable_bias$", ".attn.near_weight"),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"^head\.(?!fc\.)", "head.fc."),

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, Linear, Mlp, PatchEmbed, PatchMerging, PatternAttention, linear, resize_positions
+from vitzoo.layers.attention import unit_length
 from vitzoo.models._contract import pair
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
@@ -86,14 +86,6 @@ class SwinStem(PatchEmbed):
     def forward(self, image: Tensor) -> Tensor:
         x = super().forward(image)
         return x if self.pos_embed is None else x + resize_positions(self.pos_embed, x, self.grid_size)
-
-
-def unit_length(x: Tensor) -> Tensor:
-    """``x`` ``[..., D]`` over its norm; a vector of zeros (the k of a padded token) stays one.
-
-    The published epsilon is 1e-12, which is 0 in fp16.
-    """
-    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 class CosineAttention(PatternAttention):

@@ -4,10 +4,11 @@
 map to chosen ones; `merge_lse` joins disjoint key sets, `sample2d` reads a map between its tokens. `linear_attend` attends
 without a softmax, `channel_attend` among channels. `selective_scan` is a linear recurrence along the tokens.
 `match` finds each token's best partner, `merge_tokens` brings tokens together and `unmerge_tokens` hands them out again.
-`explain` says which implementation would run and why not the others; `using` fixes one for a block of code.
+`explain` says which implementation would run and why not the others; `using` fixes one for a block of code, `watching` shows its
+calls to a function.
 """
 
-from vitzoo.ops._dispatch import explain, using
+from vitzoo.ops._dispatch import explain, using, watching
 from vitzoo.ops.attend import registration as _attend_registration  # noqa: F401  defines torch.ops.vitzoo.attend
 from vitzoo.ops.attend.api import attend
 from vitzoo.ops.attend.point_bias import PointBias
@@ -44,4 +45,5 @@ __all__ = [
     "selective_scan",
     "unmerge_tokens",
     "using",
+    "watching",
 ]

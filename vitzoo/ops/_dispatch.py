@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _OPS: dict[str, Op] = {}
+_watchers: list[Callable[[str, Any], tuple | None]] = []
 _forced: list[str] = []  # a plain global: Dynamo guards on it, and compiles again inside another `using`
 
 
@@ -58,6 +59,10 @@ class Op:
 
     def run(self, call: Any, impl: str | None) -> tuple:
         """The results of `call`, a tuple of fields with a tensor first. Autocast has been obeyed and is off inside."""
+        if _watchers and not torch.compiler.is_compiling():
+            seen = _watchers[-1](self.name, call)
+            if seen is not None:
+                return seen
         chosen = self.choose(call, impl)
         device = call[0].device.type
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -111,3 +116,21 @@ class using:
 
     def __exit__(self, *exc: object) -> None:
         _forced.pop()
+
+
+class watching:
+    """Show every call of an op inside the block to a function: `with watching(lambda name, call: ...): ...`
+
+    It gets the op's name and the validated call. What it returns, unless None, is the result; the innermost block counts.
+    Graphs that are being captured are not watched.
+    """
+
+    def __init__(self, watcher: Callable[[str, Any], tuple | None]) -> None:
+        self.watcher = watcher
+
+    def __enter__(self) -> watching:
+        _watchers.append(self.watcher)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _watchers.pop()

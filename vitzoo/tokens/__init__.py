@@ -11,6 +11,7 @@ from vitzoo.tokens._outputs import backbone_of, follow, is_reduced
 from vitzoo.tokens._schedule import KeepRate, merge_schedule
 from vitzoo.tokens._wrap import options_of, reduce, restore, without_reduction
 from vitzoo.tokens.fastervlm import encode_and_select, select_tokens
+from vitzoo.tokens.picture import draw_tokens, token_groups
 
 __all__ = [
     "METHODS",
@@ -19,6 +20,7 @@ __all__ = [
     "TokenMap",
     "ats",
     "backbone_of",
+    "draw_tokens",
     "dynamicvit",
     "encode_and_select",
     "evit",
@@ -35,6 +37,7 @@ __all__ = [
     "spa",
     "sparsifiner",
     "tap",
+    "token_groups",
     "tome",
     "tps",
     "without_reduction",

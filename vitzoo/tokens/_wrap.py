@@ -17,7 +17,7 @@ from timm.models import eva, vision_transformer
 from torch import nn
 
 from vitzoo.models._plain import Plain
-from vitzoo.tokens._method import METHODS, Method, Step, register, run  # noqa: F401
+from vitzoo.tokens._method import METHODS, Method, Step, run
 from vitzoo.tokens._outputs import (
     backbone_of,
     extra_loss,
@@ -27,7 +27,6 @@ from vitzoo.tokens._outputs import (
     set_epoch,
 )
 from vitzoo.tokens._parts import NotReducibleError, Parts
-from vitzoo.tokens._state import State  # noqa: F401
 
 OWN = (forward_intermediates, prune_intermediate_layers, extra_loss, set_epoch)
 """Methods that a reduced model has on the instance."""

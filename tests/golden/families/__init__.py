@@ -15,6 +15,7 @@ from tests.golden.families import (
     crossformer,
     cswin,
     dat,
+    explain,
     ffnet,
     flatten,
     glnet,
@@ -33,6 +34,7 @@ from tests.golden.harness import Golden, Pair
 
 ADAPTERS: dict[str, Callable[[Golden], list[Pair]]] = {
     "dat": dat.check,
+    "explain": explain.check,
     "agent": agent.check,
     "biformer": biformer.check,
     "crossformer": crossformer.check,

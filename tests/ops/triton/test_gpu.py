@@ -11,7 +11,7 @@ from tests.ops.triton.attend2d_cases import MAPS
 from vitzoo.ops.attend2d import triton
 from vitzoo.patterns import everywhere, halo, neighborhood, window
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
 SCALE = 0.3
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -44,14 +44,6 @@ def check(pattern, q, k, v, bias, dout, dlse):
     for name, value in exact.items():
         result = actual[name].to(plain[name].dtype)  # lse and dbias are more precise than plain PyTorch's
         assert_within_budget(result, plain[name], value, name=name)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ from tests.ops.triton.attend_cases import oracle
 from vitzoo.ops import attend
 from vitzoo.ops.attend import triton
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
 SIZES = [(1, 1), (197, 197), (49, 3136), (3136, 49), (130, 17), (16, 1000)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -47,14 +47,6 @@ def check(*args):
     plain = results(oracle, *args, dtype=args[0].dtype)
     for name, value in exact.items():
         assert_within_budget(actual[name].to(plain[name].dtype), plain[name].detach(), value.detach(), name=name)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ from tests.budget import assert_within_budget
 from tests.ops.triton.sample_cases import CASES, Case, gradients, inputs, kernels
 from vitzoo.ops import sample2d
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
 MATRIX = [
     *CASES.values(),
@@ -19,14 +19,6 @@ MATRIX = [
     Case((7, 7), 49, G=1, C=768),
     Case((65, 63), 4095, G=1, C=33, reach=1.01),
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

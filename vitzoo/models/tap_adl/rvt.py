@@ -17,6 +17,7 @@ from timm.layers import LayerNorm2d, NormMlpClassifierHead
 from torch import Tensor, nn
 
 from vitzoo.layers import Block, ConvNorm, PatchEmbed
+from vitzoo.layers.batchnorm import affine, may_fold
 from vitzoo.layers.maps import pad_image
 from vitzoo.layers.tap import DiverseAttention
 from vitzoo.models.tap_adl.robust import Robust, RobustConfig
@@ -84,14 +85,24 @@ class FactorAttention(DiverseAttention):
         return (attention @ self.per_head(v).transpose(1, 2)).transpose(1, 2).contiguous()
 
 
+class FoldedConv(ConvNorm):
+    """A convolution and batch norm; in inference the norm is folded, without which an export is narrowed by its strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not may_fold(x, [self.norm]):
+            return super().forward(x)
+        scale, shift = affine(self.norm)
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) * scale + shift
+
+
 class ConvMlp(nn.Module):
     """1x1, depthwise 3x3 and 1x1 convolutions, each with batch norm, GELUs between: ``[B, H, W, C]``, unchanged."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = ConvNorm(dim, hidden, 1, bias=True)
-        self.dwconv = ConvNorm(hidden, hidden, groups=hidden, bias=True)
-        self.fc2 = ConvNorm(hidden, dim, 1, bias=True)
+        self.fc1 = FoldedConv(dim, hidden, 1, bias=True)
+        self.dwconv = FoldedConv(hidden, hidden, groups=hidden, bias=True)
+        self.fc2 = FoldedConv(hidden, dim, 1, bias=True)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def steps_of(
 
 
 def _step(model: nn.Module, x: Tensor, calls: list[tuple], fuse: Callable[..., Tensor]) -> Step:
-    record = calls[0][0]
+    record = calls[-1][0]  # its queries are the layer's tokens
     parts: list[list[Tensor]] = []
     for _, *tensors in calls:
         if parts and tensors[0].shape[2:] == parts[-1][0].shape[2:]:  # another share of the heads
@@ -75,9 +75,10 @@ def _step(model: nn.Module, x: Tensor, calls: list[tuple], fuse: Callable[..., T
             matrix = _cut(_cut(matrix, grid, record.padded, 1), grid, record.padded, 2)
         return Step(matrix, grid, prefix)
     length = matrix.shape[1]
-    grid, prefix = (
-        token_grid(model, x, length) if record.grid is None else (record.grid, length - record.grid[0] * record.grid[1])
-    )
+    if record.grid is None:
+        grid, prefix = token_grid(model, x, length)
+    else:
+        grid, prefix = record.grid, length - record.grid[0] * record.grid[1]
     if matrix.shape[2] != length:
         matrix = matrix @ _spread(record.name, matrix, grid, prefix)
     return Step(matrix, grid, prefix)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["classifier", "trained"]
+__all__ = ["classifier", "pictured", "trained"]
 
 
 def classifier(args: argparse.Namespace) -> tuple[Any, Callable[[Any], Any], Sequence[str]]:
@@ -42,6 +42,30 @@ def classifier(args: argparse.Namespace) -> tuple[Any, Callable[[Any], Any], Seq
         raise ValueError(f"{args.model} has no classifier: its weights are for feature maps.")
     config = {**resolve_model_data_config(model), **own}
     return model.eval(), create_transform(**config, is_training=False), classes or _names(model)
+
+
+def pictured(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """The model that is to be looked at and the photograph as it sees it.
+
+    Args:
+        args: with ``model``, ``checkpoint``, ``num_classes``, ``random``, ``accept_license`` and ``image``.
+
+    Returns:
+        The model in eval mode, the image ``[3, H, W]``, and the data config that made it.
+    """
+    from timm.data import create_transform, resolve_model_data_config
+
+    import vitzoo
+    from vitzoo.data.images import read_image
+
+    given: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    if args.checkpoint is not None:
+        given["checkpoint_path"] = str(args.checkpoint)
+    elif not args.random:
+        given |= {"pretrained": True, "accept_license": args.accept_license}
+    model = vitzoo.create_model(args.model, **given).eval()
+    config = resolve_model_data_config(model)
+    return model, create_transform(**config, is_training=False)(read_image(args.image)), config
 
 
 def _names(model: Any) -> Sequence[str]:

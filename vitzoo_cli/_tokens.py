@@ -9,25 +9,15 @@ from typing import Any
 
 def draw(args: argparse.Namespace) -> None:
     """Reduce the model, run it on the picture, write what became of each patch."""
-    from timm.data import create_transform, resolve_model_data_config
-
-    import vitzoo
     from vitzoo import tokens
-    from vitzoo.data.images import read_image
+    from vitzoo_cli._models import pictured
 
     options = options_of(args)
-    given: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    if args.checkpoint is not None:
-        given["checkpoint_path"] = str(args.checkpoint)
-    elif not args.random:
-        given |= {"pretrained": True, "accept_license": args.accept_license}
-    model = vitzoo.create_model(args.model, **given).eval()
+    model, image, config = pictured(args)
     try:
         tokens.reduce(model, args.method, **options)
     except TypeError as error:
         raise ValueError(f"--method {args.method}: {error}") from None
-    config = resolve_model_data_config(model)
-    image = create_transform(**config, is_training=False)(read_image(args.image))
     tokens.draw_tokens(model, image, path=args.out, mean=config["mean"], std=config["std"])
 
 

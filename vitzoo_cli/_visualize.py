@@ -53,14 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.image.is_file():
         raise ValueError(f"There is no picture at {args.image}.")
     _index.named(args.model)
-    if args.kind == "tokens":
-        from vitzoo_cli import _tokens
+    from vitzoo_cli import _pictures, _tokens
 
-        _tokens.draw(args)
-    else:
-        from vitzoo_cli import _pictures
-
-        getattr(_pictures, args.kind)(args)
+    (_tokens if args.kind == "tokens" else _pictures).draw(args)
     print(f"{args.kind} in {args.out}")
     return 0
 

@@ -9,13 +9,14 @@ Attention weights are those of vitzoo's softmax ops, by their definition; a mode
 
 from vitzoo.explain.activations import gradcam
 from vitzoo.explain.gradients import norm_attribution, relevance
-from vitzoo.explain.maps import attention_maps, list_attentions
+from vitzoo.explain.maps import attention_heat, attention_maps, list_attentions
 from vitzoo.explain.picture import draw
 from vitzoo.explain.places import agent_maps, sampling_points, slot_maps
 from vitzoo.explain.rolling import flow, rollout
 
 __all__ = [
     "agent_maps",
+    "attention_heat",
     "attention_maps",
     "draw",
     "flow",

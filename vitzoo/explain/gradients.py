@@ -6,6 +6,7 @@ A layer passes relevance on as far as its attention, times what the target gains
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,10 +82,10 @@ def seen_with_gradients(model: Any, x: Tensor, target: int | Tensor | None) -> t
         raise ValueError(nothing_seen(model))
     logits = output[0] if isinstance(output, tuple) else output
     chosen = logits.gather(1, target_of(logits, target)[:, None]).sum()  # images do not mix, so one backward is for all
-    weights = [record.weights for record in records]
+    weights = [record.weights for record in records if record.weights is not None]  # in a graph all have them
     if not any(w.requires_grad for w in weights):
         raise ValueError(f"Nothing of {type(model).__name__} gives gradients. Do not call this on an exported or traced model.")
-    gradients = torch.autograd.grad(chosen, weights, allow_unused=True)
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(chosen, weights, allow_unused=True)
     filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
     return records, [w.detach() for w in weights], filled
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo.explain._record import Record, recording, weights_of
+from vitzoo.explain._steps import follow, steps_of
 
 
 def nothing_seen(model: nn.Module) -> str:
@@ -58,6 +59,42 @@ def attention_maps(model: nn.Module, x: Tensor, layer: int | str = -1, head: int
     if not -weights.shape[1] <= head < weights.shape[1]:
         raise ValueError(f"{record.name} has {weights.shape[1]} heads, there is no head {head}.")
     return weights[:, head]
+
+
+@torch.no_grad()
+def attention_heat(model: nn.Module, x: Tensor, layer: int = -1, head: int | None = None) -> Tensor:
+    """What the class token, or the mean of the map, takes of each token in one layer.
+
+    Args:
+        model: any module whose attention is vitzoo's.
+        x: images ``[B, C, H, W]``.
+        layer: number of the module that attends, in the order in which they run; negative ones from the end.
+        head: one head; None for their mean.
+
+    Returns:
+        ``[B, h, w]`` on the map of that layer; with the prefix tokens' share they sum to one.
+
+    Raises:
+        ValueError: there is no such layer or head, or it cannot be laid on a map.
+    """
+    with recording(model) as records:
+        model(x)
+    if not records:
+        raise ValueError(nothing_seen(model))
+    names = list(dict.fromkeys(record.name for record in records))
+    if not -len(names) <= layer < len(names):
+        raise ValueError(f"{type(model).__name__} attends in {len(names)} layers, there is no layer {layer}.")
+    chosen = [record for record in records if record.name == names[layer]]
+
+    def fuse(weights: Tensor) -> Tensor:
+        if head is None:
+            return weights.mean(dim=1)
+        if not -weights.shape[1] <= head < weights.shape[1]:
+            raise ValueError(f"{names[layer]} has {weights.shape[1]} heads, there is no head {head}.")
+        return weights[:, head]
+
+    steps = steps_of(model, x, chosen, [weights_of(record.op, record.call) for record in chosen], fuse)
+    return follow(model, steps, lambda row, matrix: row @ matrix)
 
 
 def find(model: nn.Module, records: list[Record], layer: int | str) -> Record:

@@ -40,7 +40,7 @@ class Cells(NamedTuple):
 
     first: Tensor  # [P]
     end: Tensor  # [P]
-    count: int  # without the spare one
+    number: int  # without the spare one
     values: Tensor  # [T] offsets in the table, query minus centre, ascending
     offset: Tensor  # [n, P] place in the table
 
@@ -59,7 +59,7 @@ def cells(n: int, ratio: int, device: torch.device) -> Cells:
 
 
 def pool_map(x: Tensor, ratio: int) -> Tensor:
-    """Means of cells: ``[B, H, W, C]`` to ``[B, P, Q, C]``, zero in spare ones. Two products, whose sums are in a fixed order."""
+    """Means of cells: ``[B, H, W, C]`` to ``[B, P, Q, C]``, zero in spare ones. Two products: sums in a fixed order."""
     for dim in (1, 2):
         axis = cells(x.shape[dim], ratio, x.device)
         place = torch.arange(x.shape[dim], device=x.device)
@@ -97,7 +97,7 @@ def log_keys(x: Tensor, ratio: int) -> Tensor:
     if ratio == 1:
         return torch.full_like(rows, height * width, dtype=torch.float32).log().to(x.dtype)[:, None, None, None]
     near_rows, near_cols = (3 - (c == 0).int() - (c == n - 1).int() for c, n in ((rows, height), (cols, width)))
-    pooled = cells(height, ratio, x.device).count * cells(width, ratio, x.device).count
+    pooled = cells(height, ratio, x.device).number * cells(width, ratio, x.device).number
     return (near_rows[:, None] * near_cols + pooled).float().log().to(x.dtype)[:, :, None, None]
 
 
@@ -135,7 +135,7 @@ def attend_aggregated(q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, near_bias
     rows, cols = (cells(n, ratio, q.device) for n in (q.shape[1], q.shape[2]))
     bias = table[rows.offset[:, None, :, None], cols.offset[None, :, None, :]].permute(4, 0, 1, 2, 3)
     if torch.compiler.is_compiling():
-        real = [torch.arange(axis.count + 1, device=q.device) < axis.count for axis in (rows, cols)]
+        real = [torch.arange(axis.number + 1, device=q.device) < axis.number for axis in (rows, cols)]
         bias = torch.where(real[0][:, None] & real[1], bias, -torch.inf)
     near, near_lse = attend2d(q, k, v, halo(1, 1), bias=near_bias.unflatten(-1, (3, 3)), scale=1.0, return_lse=True)
     keys, values = pooled.flatten(1, 2).unbind(2)

@@ -56,11 +56,9 @@ def normed_inverse(kernel: Tensor, steps: int, dims: tuple[int, ...]) -> Tensor:
     sums = kernel.sum(-1)
     factor = 2 / sums.amax(dims, keepdim=True).square().unsqueeze(-1)
     with torch.no_grad():
-        square, one, share = (
-            torch.bmm(kernel, kernel),
-            torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device),
-            1.0,
-        )
+        square = torch.bmm(kernel, kernel)
+        one = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+        share = kernel.new_ones(())
         for _ in range(10):
             far = (one - factor * share * square).abs().sum(-2).amax(dims, keepdim=True).unsqueeze(-1)
             share = torch.where(far > 1.01, 0.5, 1.0) * share

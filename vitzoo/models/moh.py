@@ -4,8 +4,9 @@ New here: heads as experts. Some heads are shared by all tokens; of the others e
 best for it, and weighs them. TransNeXt's attention, which has these heads, sees a token's neighbours and a pooled map in one
 softmax, and its MLPs gate one half of their hidden map by the other.
 
-In any other host the mixer ``mixture_of_heads`` has the same heads over plain attention: ``create_model("deit_tiny_patch16_224",
-mixer="mixture_of_heads")``. What routers learn beside the labels, to use all heads, is in ``extra_loss``.
+In any other host the mixer ``mixture_of_heads`` has the same heads over plain attention:
+``create_model("deit_tiny_patch16_224", mixer="mixture_of_heads")``. What routers learn beside the labels, to use all heads,
+is in ``extra_loss``.
 
 Deviations: any image size. Keys are counted, and pooled, at the size at hand; the published code does both for the one size
 that it is built for, and there agrees. Heads that are not taken are computed and multiplied by 0, as in the published code.

@@ -215,7 +215,7 @@ _MICRO: Any = {
 }
 
 VARIANTS = {
-    f"soft_{norm}{size}": SOFTConfig(**fields, normed=bool(norm), **({} if size == "micro" else {"drop_path_rate": 0.1}))
+    f"soft_{norm}{size}": SOFTConfig(**{"drop_path_rate": 0.0 if size == "micro" else 0.1, **fields}, normed=bool(norm))
     for norm in ("", "norm_")
     for size, fields in {"micro": _MICRO, **_SIZES}.items()
 }

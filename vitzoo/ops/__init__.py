@@ -4,8 +4,8 @@
 map to chosen ones; `merge_lse` joins disjoint key sets, `sample2d` reads a map between its tokens. `linear_attend` attends
 without a softmax, `channel_attend` among channels. `selective_scan` is a linear recurrence along the tokens.
 `match` finds each token's best partner, `merge_tokens` brings tokens together and `unmerge_tokens` hands them out again.
-`explain` says which implementation would run and why not the others; `using` fixes one for a block of code, `watching` shows its
-calls to a function.
+`explain` says which implementation would run and why not the others; `using` fixes one for a block of code, `watching`
+shows its calls to a function.
 """
 
 from vitzoo.ops._dispatch import explain, using, watching

@@ -92,7 +92,7 @@ def draw_tokens(
         here = groups[block]
         kept = here.unique()
         pen.text((x, y), f"block {block % len(groups)}: {int((kept >= 0).sum())} of {here.numel()}", fill="#30343b")
-        sheet.paste(Image.fromarray(_panel(shown, here)), (x, y + TITLE))
+        sheet.paste(Image.fromarray(_panel(shown, here).numpy()), (x, y + TITLE))
     if path is not None:
         sheet.save(path)
     return sheet
@@ -106,7 +106,7 @@ def _unnormalised(image: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     return F.interpolate(shown[None], scale_factor=times, mode="nearest")[0]
 
 
-def _panel(shown: Tensor, groups: Tensor):
+def _panel(shown: Tensor, groups: Tensor) -> Tensor:
     """``[H, W, 3]``, uint8: the image with the groups of its patches ``[h, w]`` on it."""
     size = shown.shape[1:]
     large = F.interpolate(groups[None, None].float(), size=size, mode="nearest")[0, 0].long()
@@ -128,4 +128,4 @@ def _panel(shown: Tensor, groups: Tensor):
         edge.narrow(axis, 1, size[axis] - 1).logical_or_(differs)
     outlined = edge & (share[0] > 0)
     picture = torch.where(outlined, tint, picture)
-    return (picture * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return (picture * 255).round().byte().permute(1, 2, 0).contiguous()

@@ -29,7 +29,9 @@ RVT_ARGUMENTS = {
 def fan(golden: Golden) -> FAN:
     """The published class cut into stages of one width, behind the ConvNeXt stages that its weights show."""
     published = golden.kwargs
-    assert published["tokens_norm"] and published.get("cls_attn_layers", 2) == 2 and not published.get("se_mlp")
+    assert published["tokens_norm"]
+    assert published.get("cls_attn_layers", 2) == 2
+    assert not published.get("se_mlp")
     depth = published["depth"]
     widths = published.get("channel_dims") or [published["embed_dim"]] * depth
     heads = published["num_heads"]

@@ -12,11 +12,11 @@ Deviations from the published code:
 
 from __future__ import annotations
 
-from typing import Any
-
 from vitzoo.models._registry import register_family
 from vitzoo.models.tap_adl.fan import FAN, FANConfig
 from vitzoo.models.tap_adl.rvt import RVT, RVTConfig
+
+_Shape = tuple[int, tuple[int, ...], tuple[int, ...]]  # channels of a head; heads and depths of the stages
 
 
 def _fan(dim: int, depth: int, heads: int) -> FANConfig:
@@ -27,13 +27,14 @@ def _hybrid(dims: tuple[int, ...], depths: tuple[int, ...], heads: tuple[int, ..
     return FANConfig(embed_dim=(128, 256, *dims), depths=depths, num_heads=(4, 8, *heads), conv_stages=2, patch_size=4)
 
 
-def _rvt(head_dim: int, heads: tuple[int, ...], depths: tuple[int, ...], factor_blocks: int = 0) -> RVTConfig:
+def _rvt(shape: _Shape, factor_blocks: int = 0) -> RVTConfig:
+    head_dim, heads, depths = shape
     return RVTConfig(embed_dim=tuple(head_dim * n for n in heads), depths=depths, num_heads=heads, factor_blocks=factor_blocks)
 
 
-_TINY: tuple[Any, ...] = (32, (6, 6, 12), (5, 5, 2))
-_SMALL: tuple[Any, ...] = (64, (6, 6, 6), (4, 4, 4))
-_BASE: tuple[Any, ...] = (64, (12, 12, 12), (4, 4, 4))
+_TINY: _Shape = (32, (6, 6, 12), (5, 5, 2))
+_SMALL: _Shape = (64, (6, 6, 6), (4, 4, 4))
+_BASE: _Shape = (64, (12, 12, 12), (4, 4, 4))
 
 CONVOLVED = {
     "tap_fan_micro": FANConfig(
@@ -64,12 +65,12 @@ RVTS = {
         factor_grid=(8, 8),
         img_size=32,
     ),
-    "tap_rvt_tiny": _rvt(*_TINY),
-    "tap_rvt_tiny_plus": _rvt(*_TINY, factor_blocks=10),
-    "tap_rvt_small": _rvt(*_SMALL),
-    "tap_rvt_small_plus": _rvt(*_SMALL, factor_blocks=5),
-    "tap_rvt_base": _rvt(*_BASE),
-    "tap_rvt_base_plus": _rvt(*_BASE, factor_blocks=5),
+    "tap_rvt_tiny": _rvt(_TINY),
+    "tap_rvt_tiny_plus": _rvt(_TINY, factor_blocks=10),
+    "tap_rvt_small": _rvt(_SMALL),
+    "tap_rvt_small_plus": _rvt(_SMALL, factor_blocks=5),
+    "tap_rvt_base": _rvt(_BASE),
+    "tap_rvt_base_plus": _rvt(_BASE, factor_blocks=5),
 }
 
 # the same models under names that say how many neighbourhoods there are

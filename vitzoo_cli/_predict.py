@@ -66,7 +66,7 @@ def _classify(args: argparse.Namespace) -> int:
 
     model, transform, classes = classifier(args)
     model = model.to(args.device)
-    found = []
+    found: list[dict[str, Any]] = []
     for path in args.images:
         image = transform(read_image(path))[None].to(args.device)
         with torch.inference_mode():

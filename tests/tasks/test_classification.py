@@ -53,15 +53,15 @@ def test_an_unreadable_picture_counts_as_wrong_whatever_the_model_says():
     with torch.no_grad():
         said = module(images).argmax(-1)
         module._evaluate((images, torch.cat([said[:2], -1 - said[2:]])))
-    assert module.accuracy.compute()["top1"] == 0.5
-    assert module.confusion.compute().sum() == 4
-    assert module.confusion.compute().diagonal().sum() == 2
-    assert module.eval_loss.compute().isfinite()
+    assert module.figures.accuracy.compute()["top1"] == 0.5
+    assert module.figures.confusion.compute().sum() == 4
+    assert module.figures.confusion.compute().diagonal().sum() == 2
+    assert module.figures.loss.compute().isfinite()
 
 
 def test_top5_needs_five_classes():
-    assert "top5" not in task(num_classes=4).accuracy
-    assert "top5" in task(num_classes=5).accuracy
+    assert "top5" not in task(num_classes=4).figures.accuracy
+    assert "top5" in task(num_classes=5).figures.accuracy
 
 
 @pytest.mark.parametrize("settings", [{"channels_last": True}, {"grad_checkpointing": True}])

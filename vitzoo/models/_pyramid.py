@@ -140,7 +140,7 @@ class Stage(nn.Module):
         return x
 
     def _may_be_cut(self, x: Tensor) -> bool:
-        """In eager inference on a CPU, where nothing that should see all of the batch, such as a hook, would see a part of it."""
+        """In eager inference on a CPU, where nothing that should see all of the batch, such as a hook, sees a part of it."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return False
         if type(x) is not Tensor or x.device.type != "cpu":  # an FX proxy, a subclass, another device

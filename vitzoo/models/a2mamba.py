@@ -149,7 +149,7 @@ class AttentionScan(nn.Module):
     found, to as many spread over the map.
 
     Args:
-        slot: the place; an even number of heads, each of fours of channels.
+        slot: the place. An odd number of heads is doubled; each has fours of channels.
         size: tokens on a side of a neighborhood.
         scan: scan and gather; else attend globally, with a bias for each pair of tokens of the slot's map.
 
@@ -159,9 +159,10 @@ class AttentionScan(nn.Module):
     def __init__(self, slot: Slot, *, size: int = 7, scan: bool = True) -> None:
         super().__init__()
         dim, heads = slot.dim, slot.num_heads
+        heads += heads % 2 * heads  # half of them look far
         head_dim = check_heads(dim, heads)
-        if heads % 2 or head_dim % 4:
-            raise ValueError(f"This mixer needs an even number of heads of fours of channels, got {heads} of {head_dim}.")
+        if head_dim % 4:
+            raise ValueError(f"{dim} channels in {heads} heads are {head_dim} for each, which are not fours. Choose others.")
         self.heads, self.size = (heads, head_dim), size
         self.qkv = Linear(dim, 3 * dim, bias=slot.qkv_bias)
         self.gate = ConvNorm(dim, dim, 1, bias=True)
@@ -182,10 +183,11 @@ class AttentionScan(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, *self.heads)).unbind(-3)
         local = self.lepe(v.flatten(-2))
         q, k = rotate(q), rotate(k)
-        near, far = (list(zip(q.chunk(2, dim=-2), k.chunk(2, dim=-2), strict=True))[i] for i in range(2))
+        near_q, far_q = q.chunk(2, dim=-2)
+        near_k, far_k = k.chunk(2, dim=-2)
         values = v.chunk(2, dim=-2)
-        first = attend_near(*near, values[0], self.rel_bias, self.size)
-        second = attend_near(*far, first + values[1], self.rel_bias, self.size, spread=True)
+        first = attend_near(near_q, near_k, values[0], self.rel_bias, self.size)
+        second = attend_near(far_q, far_k, first + values[1], self.rel_bias, self.size, spread=True)
         found = torch.cat([first, second], dim=-2)
         if self.ssm is None:
             pairs = resize_pairs(self.pair_bias, x)  # type: ignore[arg-type]  # there is one where there is no scan
@@ -193,8 +195,8 @@ class AttentionScan(nn.Module):
         else:
             u, h, c = self.ssm.states(found.flatten(-2))
             states = h.to(v.dtype).unflatten(-1, self.heads).chunk(2, dim=-2)
-            first = attend_near(*near, states[0], self.rel_bias, self.size)
-            second = attend_near(*far, states[1], self.rel_bias, self.size, spread=True)
+            first = attend_near(near_q, near_k, states[0], self.rel_bias, self.size)
+            second = attend_near(far_q, far_k, states[1], self.rel_bias, self.size, spread=True)
             out = self.ssm.read(u, torch.cat([first, second], dim=-2), c)
         out = (self.norm(out) + local) * F.silu(self.gate(x))
         return self.proj_drop(self.proj(self.out_norm(out)))

@@ -131,8 +131,17 @@ class GCViT(Adopted, timm_gcvit.GlobalContextVit):
             x = self.run_block(block, x, query)
         return x.permute(0, 3, 1, 2)
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's, which leaves the norm of the last stage."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm:
+            self.stages[-1].norm = nn.Identity()
+        return take
+
     def final_norm(self, x: Tensor) -> Tensor:
-        norm = self.stages[-1].norm  # an Identity where the last stage was pruned
+        norm = self.stages[-1].norm  # an Identity in every other stage, and where it was pruned
         return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     @classmethod

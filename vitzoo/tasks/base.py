@@ -53,6 +53,9 @@ class Task(LightningModule):
         """Draw the picture of a run, after :meth:`evaluated`."""
         raise NotImplementedError
 
+    def record(self, folder: Path, stage: str) -> None:
+        """Leave tables and pictures of the last evaluation, ``<stage>_...``, in a folder; every process takes part."""
+
     def published_fits(self, data: Any) -> None:
         """Raise UserError where published weights alone cannot do the task on this data."""
 

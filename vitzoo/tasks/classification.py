@@ -9,16 +9,15 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import vitzoo
 from vitzoo.data.errors import UserError, among, within
 from vitzoo.tasks import tuning
 from vitzoo.tasks.base import Task
+from vitzoo.tasks.figures import Figures, class_rows, write_matrix, write_rows
 from vitzoo.tasks.losses import build_loss, build_mixup
 from vitzoo.tasks.predictions import Predictions
-from vitzoo.tasks.report import draw
+from vitzoo.tasks.report import draw, draw_answers
 from vitzoo.tasks.teaching import KINDS, Teacher, TokenHead, distilled, places
 from vitzoo.tasks.tuning import load_weights
 
@@ -83,7 +82,7 @@ class Classification(Task):
         UserError: An unknown model (the nearest names are given), an argument that the model does not take.
     """
 
-    FIGURES = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
+    FIGURES = {"top1": "top-1", "top5": "top-5", "loss": "loss", "ece": "calibration error"}
     CURVES = ("loss", "top1", "top5")
     IDENTITY = {"name": "the model", "num_classes": "a head for this number of classes:"}
 
@@ -170,12 +169,8 @@ class Classification(Task):
         self.mixup = build_mixup(mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode, smoothing, num_classes)
         mixed = self.mixup is not None
         self.loss = build_loss(loss, smoothing, mixed=mixed, threshold=bce_threshold, summed=bce_sum)
-        tops: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, top_k=1, average="micro")}
-        if num_classes >= 5:
-            tops["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        self.accuracy = MetricCollection(tops)
-        self.eval_loss = MeanMetric()
-        self.confusion: Any = MulticlassConfusionMatrix(num_classes)
+        self.figures = Figures(num_classes, sigmoid=loss == "bce")
+        self._met = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
@@ -241,25 +236,17 @@ class Classification(Task):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        logits = self(images).float()
-        broken = labels < 0  # FolderImages: an unreadable file counts as wrong, whatever the model says
-        if broken.any():
-            labels = torch.where(broken, -1 - labels, labels)
-            logits[broken] = 0.0
-            logits[broken, labels[broken]] = -1.0
-        self.accuracy.update(logits, labels)
-        self.confusion.update(logits, labels)
-        whole = ~broken
-        if whole.any():
-            self.eval_loss.update(F.cross_entropy(logits[whole], labels[whole]), weight=whole.sum())
+        world = self.trainer.world_size if self._trainer is not None else 1
+        numbers = self.global_rank + world * (self._met + torch.arange(len(labels)))  # as StepData serves them
+        self._met += len(labels)
+        self.figures.update(self(images), labels, numbers)
 
     def _start(self) -> None:
-        for metric in (self.accuracy, self.eval_loss, self.confusion):
-            metric.reset()
+        self.figures.reset()
+        self._met = 0
 
     def _finish(self, stage: str) -> None:
-        figures = {**self.accuracy.compute(), "loss": self.eval_loss.compute()}
-        self.log_dict({f"{stage}/{key}": value for key, value in figures.items()}, sync_dist=False)
+        self.log_dict({f"{stage}/{key}": value for key, value in self.figures.compute().items()}, sync_dist=False)
 
     def on_validation_epoch_start(self) -> None:
         """Count from zero."""
@@ -270,7 +257,7 @@ class Classification(Task):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/top1, val/top5 and val/loss, reduced over processes by the metrics themselves."""
+        """Log val/top1, val/top5, val/loss and val/ece, reduced over processes by the metrics themselves."""
         self._finish("val")
 
     def on_test_epoch_start(self) -> None:
@@ -282,7 +269,7 @@ class Classification(Task):
         self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log test/top1, test/top5 and test/loss."""
+        """Log test/top1, test/top5, test/loss and test/ece."""
         self._finish("test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,11 +287,22 @@ class Classification(Task):
 
     def evaluated(self) -> int:
         """Pictures of the last evaluation; every process takes part."""
-        return int(self.confusion.compute().sum())
+        return int(self.figures.confusion.compute().sum())
 
     def draw_result(self, rows: list[dict[str, Any]], classes: list[str], title: str, path: Path) -> None:
         """Learning curve and confusion matrix, after :meth:`evaluated`."""
-        draw(rows, self.confusion.compute().cpu().numpy(), classes, title, path)
+        draw(rows, self.figures.confusion.compute().cpu().numpy(), classes, title, path)
+
+    def record(self, folder: Path, stage: str) -> None:
+        """Tables of classes and confusions, and a picture of answers and of the surest mistakes."""
+        figures = self.figures
+        confusion, groups = figures.confusion.compute(), (figures.samples.compute(), figures.mistakes.compute())
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not self.trainer.is_global_zero:
+            return
+        write_rows(folder / f"{stage}_classes.csv", class_rows(confusion, data.classes))
+        write_matrix(folder / f"{stage}_confusion.csv", confusion, data.classes)
+        draw_answers(data.sets[stage], data.classes, *(rows.tolist() for rows in groups), folder / f"{stage}_pictures.png")
 
     def published_fits(self, data: Any) -> None:
         """Published weights know their own classes: refuse to measure a new, untrained head."""

@@ -73,9 +73,10 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Ten
         q, k, v = (torch.randn(shape, dtype=case.dtype, device=device) for shape in shapes)
     v = v.to(case.values or case.dtype)
     grad = torch.randn(out, dtype=v.dtype, device=device)
-    if case.op == "linear":  # features are positive, their products so small that a half holds the sum of thousands; and the
-        q.abs_().mul_(0.2)  # gradient is such that those of the S keys are about 1
-        k.abs_().mul_(0.2)
+    if case.op == "linear":  # features are positive, and the gradient is such that those of the S keys are about 1
+        small = 0.2 if case.dtype == torch.float16 else 1.0  # a half holds the sum of thousands of products of such features
+        q.abs_().mul_(small)
+        k.abs_().mul_(small)
         grad *= S
     if not case.packed:
         q, k = q[:, :1].expand(q.shape), k.transpose(1, 2).contiguous().transpose(1, 2)

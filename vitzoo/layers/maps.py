@@ -39,6 +39,19 @@ def pad_map(x: Tensor, multiple: tuple[int, int] = (1, 1), minimum: tuple[int, i
     return F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
+def with_spare_cells(x: Tensor, ratio: int) -> Tensor:
+    """In a captured graph ``[B, H, W, ...]`` with one more cell below and beside: PyTorch specialises a number of 1."""
+    if not torch.compiler.is_compiling():
+        return x
+    return F.pad(x, (*(0, 0) * (x.ndim - 3), 0, ratio, 0, ratio))
+
+
+def are_cells(x: Tensor, ratio: int) -> Tensor:
+    """Which of the cells of ``with_spare_cells(x, ratio)`` are whole ones of ``x``: bool, row by row, in a captured graph."""
+    rows, cols = (n // ratio - torch.arange(n // ratio + 1, device=x.device) for n in (x.shape[1], x.shape[2]))
+    return ((rows[:, None] > 0) & (cols > 0)).flatten()
+
+
 def pad_image(image: Tensor, multiple: tuple[int, int]) -> Tensor:
     """``pad_map`` for an image ``[B, C, H, W]``."""
     height, width = image.shape[2], image.shape[3]

@@ -8,11 +8,28 @@ from torch import Tensor, nn
 from vitzoo.layers.attention import check_heads
 from vitzoo.layers.embed import SpatialReduction
 from vitzoo.layers.linear import Linear
-from vitzoo.layers.maps import pad_map
+from vitzoo.layers.maps import are_cells, pad_map, with_spare_cells
 from vitzoo.ops import attend
 
-for _name in ("attend", "pad_map"):
+for _name in ("attend", "spare_keys", "with_cells"):
     torch.fx.wrap(_name)
+
+
+def with_cells(x: Tensor, ratio: int) -> Tensor:
+    """``[B, H, W, C]`` padded to a cell where it is smaller; in an exported graph, which fits all sizes, with a spare one."""
+    if ratio == 1:
+        return x
+    if torch.compiler.is_exporting():
+        return with_spare_cells(x, ratio)
+    return x if torch.compiler.is_compiling() else pad_map(x, minimum=(ratio, ratio))
+
+
+def spare_keys(x: Tensor, ratio: int) -> Tensor | None:
+    """What hides the spare cells from all queries: ``[B, S]``, or None where there are none."""
+    if ratio == 1 or not torch.compiler.is_exporting():
+        return None
+    real = are_cells(x, ratio)
+    return torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, -torch.inf).expand(x.shape[0], -1)
 
 
 class ReducedAttention(nn.Module):
@@ -27,7 +44,7 @@ class ReducedAttention(nn.Module):
         qkv_bias: learn a bias in the projections to q and to k, v.
         proj_drop: dropout after the output projection.
 
-    Shape: ``[B, H, W, C]``, unchanged; a map smaller than a cell is padded to one with zeros.
+    Shape: ``[B, H, W, C]``, unchanged; a map smaller than a cell is padded to one with zeros (not in a captured graph).
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, *, qkv_bias: bool = True, proj_drop: float = 0.0) -> None:
@@ -41,6 +58,6 @@ class ReducedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, self.head_dim))
-        reduced = self.sr(pad_map(x, minimum=(self.sr_ratio, self.sr_ratio)) if self.sr_ratio > 1 else x)
+        reduced = self.sr(with_cells(x, self.sr_ratio))
         k, v = self.kv(reduced).flatten(1, 2).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
-        return self.proj_drop(self.proj(attend(q, k, v).reshape(x.shape)))
+        return self.proj_drop(self.proj(attend(q, k, v, key_bias=spare_keys(x, self.sr_ratio)).reshape(x.shape)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitzoo.layers.attention import check_heads
 from vitzoo.layers.linear import Linear
+from vitzoo.layers.maps import are_cells, with_spare_cells
 from vitzoo.layers.mixers import Slot, register_mixer
 
 for _name in ("softmax_free", "with_spare_cells"):
@@ -66,13 +67,6 @@ def normed_inverse(kernel: Tensor, steps: int, dims: tuple[int, ...]) -> Tensor:
     return root.unsqueeze(-1) * newton(kernel, factor * share * kernel, steps) * root.unsqueeze(-2)
 
 
-def with_spare_cells(x: Tensor, ratio: int) -> Tensor:
-    """In a captured graph a map ``[B, H, W, ...]`` with one more cell below and beside: PyTorch specialises a size of 1."""
-    if not torch.compiler.is_compiling():
-        return x
-    return F.pad(x, (*(0, 0) * (x.ndim - 3), 0, ratio, 0, ratio))
-
-
 def softmax_free(q: Tensor, v: Tensor, landmarks: Tensor, ratio: int, steps: int, dims: tuple[int, ...]) -> Tensor:
     """``k(q, l) inverse(k(l, l)) k(l, q) v``, equation 8 of the first paper, at least in fp32.
 
@@ -94,8 +88,7 @@ def softmax_free(q: Tensor, v: Tensor, landmarks: Tensor, ratio: int, steps: int
         landmarks = landmarks.to(wide)
         seen, kernel = gaussian(tokens, landmarks), gaussian(landmarks, landmarks)
         if torch.compiler.is_compiling():  # a spare landmark is seen by nobody, and its own inverse
-            rows, cols = (n // ratio - torch.arange(n // ratio + 1, device=q.device) for n in (height, width))
-            real = ((rows[:, None] > 0) & (cols > 0)).flatten()
+            real = are_cells(q, ratio)
             seen = torch.where(real, seen, 0.0)
             kernel = torch.where(real[:, None] & real, kernel, torch.diag((~real).to(wide)))
         inverted = normed_inverse(kernel, steps, dims) if dims else inverse(kernel, steps)

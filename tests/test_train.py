@@ -83,7 +83,21 @@ def test_a_run_leaves_everything_in_its_folder_and_ends_with_one_line(train, tmp
         "metrics.csv",
         "result.png",
         "tensorboard",
+        "val_classes.csv",
+        "val_confusion.csv",
+        "val_figures.json",
+        "val_pictures.png",
     }
+    found = json.loads((out / "val_figures.json").read_text())
+    assert found["figures"]["top1"] == pytest.approx(float(last.split()[1]), abs=1e-4)
+    assert found["figures"].keys() == {"top1", "top5", "loss", "ece"}
+    assert found["images_per_second"] > 0
+    with open(out / "val_classes.csv") as file:
+        table = list(csv.DictReader(file))
+    assert sum(int(row["pictures"]) for row in table) == found["pictures"] == 360
+    right = sum(int(row["pictures"]) * float(row["accuracy"]) for row in table)
+    assert right / 360 == pytest.approx(found["figures"]["top1"], abs=1e-5)
+    assert Image.open(out / "val_pictures.png").height > 400
     assert [row["epoch"] for row in rows(out)] == ["0", "1"]
     assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 8
 

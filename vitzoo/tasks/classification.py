@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import vitzoo
 from vitzoo.data.errors import UserError, among, within
@@ -296,13 +295,14 @@ class Classification(Task):
     def record(self, folder: Path, stage: str) -> None:
         """Tables of classes and confusions, and a picture of answers and of the surest mistakes."""
         figures = self.figures
-        confusion, groups = figures.confusion.compute(), (figures.samples.compute(), figures.mistakes.compute())
+        confusion = figures.confusion.compute()
+        samples, mistakes = figures.samples.compute().tolist(), figures.mistakes.compute().tolist()
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not self.trainer.is_global_zero:
             return
         write_rows(folder / f"{stage}_classes.csv", class_rows(confusion, data.classes))
         write_matrix(folder / f"{stage}_confusion.csv", confusion, data.classes)
-        draw_answers(data.sets[stage], data.classes, *(rows.tolist() for rows in groups), folder / f"{stage}_pictures.png")
+        draw_answers(data.sets[stage], data.classes, samples, mistakes, folder / f"{stage}_pictures.png")
 
     def published_fits(self, data: Any) -> None:
         """Published weights know their own classes: refuse to measure a new, untrained head."""

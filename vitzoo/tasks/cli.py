@@ -22,9 +22,10 @@ from vitzoo.data.errors import within
 from vitzoo.tasks.checkpointing import AtomicCheckpointIO, Checkpoints
 from vitzoo.tasks.classification import Classification
 from vitzoo.tasks.detection import Detection
+from vitzoo.tasks.figures import write_json
 from vitzoo.tasks.history import History
 from vitzoo.tasks.optim import scaled
-from vitzoo.tasks.progress import Bar, Lines, say
+from vitzoo.tasks.progress import Bar, Lines, Throughput, say
 from vitzoo.tasks.segmentation import Segmentation
 
 __all__ = ["TASKS", "Command", "quiet", "task_of"]
@@ -217,7 +218,8 @@ class Command(LightningCLI):
         self.history = History(out, model.CURVES)
         self.checkpoints = Checkpoints(out, every=config.save_every, monitor=f"val/{self.figure}")
         self.predictions = model.predictions(out)
-        callbacks = [*(trainer.callbacks or []), self.history, self.predictions]
+        self.throughput = Throughput()
+        callbacks = [*(trainer.callbacks or []), self.history, self.predictions, self.throughput]
         bar = sys.stdout.isatty() and trainer.enable_progress_bar is not False
         callbacks.append(Bar() if bar else Lines(self.history))
         if trainer.enable_checkpointing is not False:
@@ -274,7 +276,7 @@ class Command(LightningCLI):
         self.validate(model=self.model, datamodule=self.datamodule, ckpt_path=weights and str(weights))
         if f"val/{self.figure}" not in trainer.callback_metrics:
             return
-        count = self.model.evaluated()  # every process takes part
+        count = self._record("val", str(weights))
         if not trainer.is_global_zero:
             return
         name, best = self.figure_name, float(trainer.callback_metrics[f"val/{self.figure}"])
@@ -331,5 +333,20 @@ class Command(LightningCLI):
 
     def _figures(self, stage: str) -> None:
         weights = self.config_init[self.subcommand].ckpt_path or "published weights"
+        count, speed = self._record(stage, weights), self.throughput.images_per_second
+        pace = f", {speed:.0f} img/s" if speed is not None else ""
+        say(f"{self._text(stage)} on {count} pictures ({stage}{pace}); weights {weights}")
+
+    def _record(self, stage: str, weights: str) -> int:
+        """Leave the figures, tables and pictures of an evaluation in the run's folder; its number of pictures."""
+        trainer, out = self.trainer, Path(self.config_init[self.subcommand].out)
         count = self.model.evaluated()  # every process takes part
-        say(f"{self._text(stage)} on {count} pictures ({stage}); weights {weights}")
+        if trainer.is_global_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            found = {key.removeprefix(f"{stage}/"): float(value) for key, value in trainer.callback_metrics.items()}
+            facts = {"task": self.task, "title": self.model.title, "weights": weights, "pictures": count}
+            facts["images_per_second"] = self.throughput.images_per_second
+            figures = {key: found[key] for key in self.model.FIGURES if key in found}
+            write_json(out / f"{stage}_figures.json", {**facts, "figures": figures})
+        self.model.record(out, stage)  # every process takes part
+        return count

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitzoo.tasks.history import History
 
-__all__ = ["Bar", "Lines", "clock", "say"]
+__all__ = ["Bar", "Lines", "Throughput", "clock", "say"]
 
 
 @rank_zero_only
@@ -108,3 +108,32 @@ class Lines(Callback):
             f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  loss {row['train_loss']:.3f}{figure}  "
             f"{row['images_per_second']:.0f} img/s  {clock(self._pace.left(trainer))} left"
         )
+
+
+class Throughput(Callback):
+    """Pictures a second of the last evaluation over all processes, loading included, the first batch left out where it can be.
+
+    Attributes:
+        images_per_second: None before an evaluation.
+    """
+
+    images_per_second: float | None = None
+
+    def _start(self, *_: Any) -> None:
+        self._pictures, self._since, self._batches = 0, time.perf_counter(), 0
+
+    def _count(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+        self._pictures, self._batches = self._pictures + len(batch[0]), self._batches + 1
+        if self._batches == 1:
+            self._first = self._pictures, time.perf_counter()
+
+    def _end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._pictures:
+            return
+        before, since = self._first if self._batches > 1 else (0, self._since)
+        # the figures are computed by now, so a device has finished
+        self.images_per_second = trainer.world_size * (self._pictures - before) / max(1e-9, time.perf_counter() - since)
+
+    on_validation_epoch_start = on_test_epoch_start = _start
+    on_validation_batch_end = on_test_batch_end = _count
+    on_validation_end = on_test_end = _end

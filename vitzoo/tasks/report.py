@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw", "draw_dense"]
+from vitzoo.tasks.draw import sheet
+
+__all__ = ["draw", "draw_answers", "draw_dense", "draw_groups"]
 
 INK, TRAIN, VAL = "#30343b", "#b0602a", "#1f6f8b"
 
@@ -122,3 +125,48 @@ def draw_dense(rows: list[dict[str, Any]], key: str, label: str, sheet: Any, tit
     pictures.set_title("held-out pictures: truth, prediction", fontsize=10, color=INK)
     pictures.axis("off")
     figure.savefig(path)
+
+
+def draw_groups(groups: list[tuple[str, list[Image.Image], list[str]]], path: str | Path, edge: int = 160) -> None:
+    """Draw sheets of pictures below each other, each with a heading.
+
+    Args:
+        groups: Heading, pictures and their captions; a group without pictures is left out.
+        path: Of the PNG; its folder exists.
+        edge: Pixels of a picture.
+    """
+    sheets = [(text, sheet(pictures, 8, edge, captions)) for text, pictures, captions in groups if pictures]
+    if not sheets:
+        return
+    line = 26
+    canvas = Image.new("RGB", (max(s.width for _, s in sheets), sum(s.height + line for _, s in sheets)), "white")
+    pen, font, top = ImageDraw.Draw(canvas), ImageFont.load_default(size=15), 0
+    for text, drawn in sheets:
+        pen.text((8, top + 5), text, fill=INK, font=font)
+        canvas.paste(drawn, (0, top + line))
+        top += drawn.height + line
+    canvas.save(path)
+
+
+def draw_answers(
+    images: Any, classes: list[str], samples: list[list[float]], mistakes: list[list[float]], path: str | Path
+) -> None:
+    """Draw some pictures with what the classifier says, and its most confident mistakes.
+
+    Args:
+        images: The split; :class:`vitzoo.data.images.Images`.
+        classes: Names.
+        samples: Rows of :class:`vitzoo.tasks.figures.Kept`.
+        mistakes: Likewise.
+        path: Of the PNG; its folder exists.
+    """
+
+    def group(text: str, rows: list[list[float]]) -> tuple[str, list[Image.Image], list[str]]:
+        pictures, captions = [], []
+        for _, number, true, said, confidence in rows:
+            pictures.append(images.picture(int(number)))
+            answer = classes[int(said)] if said == true else f"{classes[int(said)]}, not {classes[int(true)]}"
+            captions.append(f"{100 * confidence:.0f} % {answer}"[:26])
+        return text, pictures, captions
+
+    draw_groups([group("held-out pictures", samples), group("surest mistakes", mistakes)], path)

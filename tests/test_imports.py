@@ -1,6 +1,6 @@
 """The import graph, stated once. A violation names the file, the line and both modules.
 
-patterns <- ops <- layers <- models <- {tokens, heads} <- tasks <- train.py
+patterns <- ops <- layers <- models <- {tokens, heads, explain} <- tasks <- train.py
 checkpoints and weights below the registry, data below tasks, bench and tests on top, imported by nobody
 vitzoo_cli beside the package: what it needs of it is imported inside functions
 """
@@ -28,6 +28,7 @@ GRAPH: dict[str, set[str]] = {
     "models": {"patterns", "ops", "layers", "checkpoints", "weights"},
     "tokens": {"patterns", "ops", "layers", "checkpoints", "models"},
     "heads": {"patterns", "ops", "layers", "checkpoints", "models"},
+    "explain": {"patterns", "ops", "layers", "models"},
     "data": set(),
     "tasks": {"patterns", "ops", "layers", "checkpoints", "models", "tokens", "heads", "data", "vitzoo"},
     "vitzoo_cli": {
@@ -39,6 +40,7 @@ GRAPH: dict[str, set[str]] = {
         "models",
         "tokens",
         "heads",
+        "explain",
         "data",
         "tasks",
         "bench",
@@ -58,6 +60,7 @@ AT_IMPORT: dict[str, set[str]] = {
     "lightning": {"tasks", "data", "train", "bench"},  # slow to import, needed for training only
     "triton": {"ops"},
     "vitzoo.tokens": {"tokens", "heads", "tasks", "bench"},  # not by `import vitzoo`: only a reduced model needs it
+    "vitzoo.explain": {"explain"},
 }
 
 IMPLEMENTATIONS = ("reference", "sdpa", "grid_sample", "triton")
@@ -224,6 +227,7 @@ def test_the_library_was_found():
         (against_foreign_rules, "vitzoo/models/x.py", "import lightning.pytorch as pl", "imports lightning.pytorch"),
         (against_foreign_rules, "vitzoo/layers/x.py", "from timm.models._input import y", "imports timm.models._input"),
         (against_foreign_rules, "vitzoo/__init__.py", "from vitzoo.tokens import reduce", "vitzoo imports vitzoo.tokens: only"),
+        (against_foreign_rules, "vitzoo/__init__.py", "from vitzoo.explain import flow", "vitzoo imports vitzoo.explain: only"),
         (between_families, "vitzoo/models/nat.py", "from vitzoo.models.swin import Swin", "families never import"),
         (between_families, "vitzoo/models/nat.py", "from .swin import Swin", "families never import"),
         (between_implementations, "vitzoo/ops/attend/sdpa.py", "from .reference import run", "never import each other"),

@@ -95,7 +95,8 @@ def published(server, monkeypatch) -> Checkpoint:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, row: Checkpoint) -> None:
-    monkeypatch.setattr(_registry, "checkpoints_of", lambda name: {row.name: row})
+    known = _registry.checkpoints_of
+    monkeypatch.setattr(_registry, "checkpoints_of", lambda name: {row.name: row} if name == row.name else known(name))
 
 
 def complete(cache: Path) -> list[str]:

@@ -130,7 +130,9 @@ def gradcam(golden: Golden) -> Iterator[Pair]:
     yield Pair("activation", activation, given["activation"])
     yield Pair("gradient", gradient, given["gradient"])
     yield Pair("weights", gradient.mean(dim=(2, 3)), given["weights"])
-    yield Pair("cam_raw", activations.weighed(activation, gradient), given["cam_raw"])
+    raw = given["cam_raw"]  # with what speaks against the class
+    yield Pair("cam_raw", activations.weighed(activation, gradient), raw.clamp(min=0))
+    yield Pair("cam_raw", (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1), raw, "before it is cut at zero")
     yield Pair("output", explain.gradcam(model, x, targets), given["output"])
 
 
@@ -150,13 +152,13 @@ def globenc(golden: Golden) -> Iterator[Pair]:
 
 
 def probe(module: nn.Module, *inputs: str) -> Callable[[Golden], Iterator[Pair]]:
-    """Output and gradients of a head."""
+    """Output and gradients of a head; one that takes a class token apart reads the patches behind it."""
 
     def run(golden: Golden) -> Iterator[Pair]:
         head = module(golden.kwargs)
         head.load_state_dict(golden.below("state/"), strict=True)
         leaves = {name: golden.tensors[name].clone().requires_grad_() for name in inputs}
-        out = head(*leaves.values())
+        out = head(*leaves.values()) if len(inputs) == 1 else head(leaves["cls_token"], leaves["input"][:, 1:])
         yield Pair("output", out, golden.tensors["output"])
         if "attn" in golden.tensors:
             yield Pair("attn", head.weights(golden.tensors["input"]), golden.tensors["attn"])

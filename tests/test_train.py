@@ -17,6 +17,7 @@ from PIL import Image
 
 import vitzoo
 from tests.data import coco
+from vitzoo.tasks import html
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -110,6 +111,12 @@ def test_a_run_leaves_everything_in_its_folder_and_ends_with_one_line(train, tmp
     assert len(rows(out)) == 2
 
     assert "from a last.ckpt" in train("fit", *QUICK, *SHORT, "--out", out, "--ckpt_path", out / "best.ckpt")
+
+    page = html.report(out, out / "report.html").read_text()
+    assert all(f"{found['figures'][key]:.4f}" in page for key in found["figures"])
+    assert page.count("data:image/png;base64,") == 3  # of val, of test, the curves
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
+    assert all(word in page for word in ("Confusion", "mistaken_for", "val_top1", "nat_micro", "max_epochs"))
 
     longer = train("fit", *QUICK, *SHORT, "--out", out, "--ckpt_path", "last", "--trainer.max_epochs", 3)
     assert "epoch 3/3" in longer
@@ -313,6 +320,13 @@ def test_a_dense_run_leaves_its_figure_and_a_picture(train, pictures, tmp_path, 
     assert last.startswith(f"{figure} 0.")
     assert "on 3 held-out pictures" in last
     assert np.asarray(Image.open(tmp_path / "run/result.png").convert("L")).std() > 5
+    with open(tmp_path / "run/val_classes.csv") as file:
+        assert [row["class"] for row in csv.DictReader(file)][-4:] == ["disc", "box", "triangle", "star"]
+    assert Image.open(tmp_path / "run/val_pictures.png").height > 150
+    page = html.report(tmp_path / "run", tmp_path / "page.html").read_text()
+    assert figure in page
+    assert page.count("data:image/png;base64,") == 2
+    assert all(word in page for word in ("triangle", "train_loss", "train_scenes", "3 held-out pictures"))
     columns = rows(tmp_path / "run")[-1]
     assert columns["val_box_ap" if task == "detection" else "val_miou"] != ""
     again = train("validate", *use)

@@ -18,12 +18,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the page."""
     if not (args.run / "config.yaml").is_file():
         raise ValueError(f"{args.run} is no folder of a run of train.py: it has no config.yaml.")
-    try:
-        from vitzoo.tasks import html
-    except ImportError as error:
-        raise NotImplementedError(
-            "This version writes no HTML report yet; result.png in the run's folder has the curves."
-        ) from error
-    path = html.report(args.run, args.out or args.run / "report.html")  # type: ignore[attr-defined]
+    from vitzoo.tasks import html
+
+    path = html.report(args.run, args.out or args.run / "report.html")
     print(f"report in {path}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from vitzoo.data.errors import UserError
 from vitzoo.heads import detector
 from vitzoo.tasks.base import Task
-from vitzoo.tasks.draw import draw_boxes, sheet
+from vitzoo.tasks.draw import Surest, draw_boxes, sheet
+from vitzoo.tasks.figures import write_rows
 from vitzoo.tasks.optim import build_optimizer, dense_groups
 from vitzoo.tasks.predictions import FoundObjects
-from vitzoo.tasks.report import draw_dense
+from vitzoo.tasks.report import draw_dense, draw_pairs
 
 __all__ = ["Detection", "mean_average_precision"]
 
@@ -148,6 +150,7 @@ class Detection(Task):
         self.metric = mean_average_precision(self.masks, backend)
         self.count = SumMetric()
         self.shown: list[tuple[Image.Image, Image.Image]] = []
+        self.surest = Surest()
 
     @property
     def title(self) -> str:
@@ -195,6 +198,7 @@ class Detection(Task):
         self.metric.reset()
         self.count.reset()
         self.shown.clear()
+        self.surest = Surest()
 
     def _evaluate(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> None:
         images, targets = batch
@@ -206,13 +210,15 @@ class Detection(Task):
         )
         self.count.update(len(images))
         for image, target, said in zip(images, targets, found, strict=True):
-            if len(self.shown) >= SHOWN:
-                break
-            names = getattr(getattr(self.trainer, "datamodule", None), "classes", ()) if self._trainer is not None else ()
-            pixels = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
-            truth = draw_boxes(pixels, **_arrays(target, "boxes", "labels", "masks"), classes=names)
-            drawn = draw_boxes(pixels, **_arrays(said, "boxes", "labels", "scores", "masks"), classes=names)
-            self.shown.append((truth, drawn))
+            if len(self.shown) < SHOWN:
+                self.shown.append(self._pair(image, target, said))
+            self.surest.offer(_false_alarm(target, said), partial(self._pair, image, target, said))
+
+    def _pair(self, image: Tensor, target: dict[str, Any], said: dict[str, Tensor]) -> tuple[Image.Image, Image.Image]:
+        names = getattr(getattr(self.trainer, "datamodule", None), "classes", ()) if self._trainer is not None else ()
+        pixels = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
+        truth = draw_boxes(pixels, **_arrays(target, "boxes", "labels", "masks"), classes=names)
+        return truth, draw_boxes(pixels, **_arrays(said, "boxes", "labels", "scores", "masks"), classes=names)
 
     def _finish(self, stage: str) -> None:
         found = self.metric.compute()
@@ -267,6 +273,23 @@ class Detection(Task):
         grid = sheet([picture for pair in self.shown for picture in pair], columns=6, edge=200)
         draw_dense(rows, "box_ap", "box AP", grid, title, path)
 
+    def record(self, folder: Path, stage: str) -> None:
+        """AP of each class, and a picture of what was found and of the surest false alarms."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.metric.class_metrics, self.metric._computed = True, None  # costs a second count, so not at every validation
+        found = self.metric.compute()
+        self.metric.class_metrics, self.metric._computed = False, None
+        if data is None or not self.trainer.is_global_zero:
+            return
+        start = "bbox_" if self.masks else ""
+        average = dict(
+            zip(found["classes"].reshape(-1).tolist(), found[f"{start}map_per_class"].reshape(-1).tolist(), strict=True)
+        )
+        values = [average.get(k + 1, -1.0) for k in range(len(data.classes))]  # -1: no object of it
+        rows = [{"class": name, "ap": round(ap, 6) if ap >= 0 else ""} for name, ap in zip(data.classes, values, strict=True)]
+        write_rows(folder / f"{stage}_classes.csv", rows)
+        draw_pairs(self.shown, self.surest, folder / f"{stage}_pictures.png")
+
     def published_fits(self, data: Any) -> None:
         """A backbone's published weights detect nothing yet."""
         raise UserError("Published weights are of the backbone alone and detect nothing: train first, or give --ckpt_path.")
@@ -275,6 +298,14 @@ class Detection(Task):
     def predictions(folder: str) -> Callback:
         """``predictions.json`` in COCO's format of results, and a picture each in ``predictions/``."""
         return FoundObjects(folder)
+
+
+def _false_alarm(target: dict[str, Any], said: dict[str, Tensor]) -> float:
+    """Highest score of a box that overlaps no object of its class by half."""
+    boxes, labels = target["boxes"].to(said["boxes"]), target["labels"].to(said["labels"])
+    same = labels[None] == said["labels"][:, None]
+    fits = ((box_iou(said["boxes"], boxes) >= 0.5) & same).any(1)
+    return float(said["scores"][~fits].max()) if not fits.all() else 0.0
 
 
 def _for_loss(key: str, value: Tensor) -> Tensor:

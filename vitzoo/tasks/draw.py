@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["colour", "draw_boxes", "draw_classes", "sheet"]
+__all__ = ["Surest", "colour", "draw_boxes", "draw_classes", "sheet"]
+
+
+class Surest:
+    """The pairs of pictures (truth, answer) with the highest keys; a pair is drawn only if it is one of them.
+
+    Args:
+        most: How many.
+
+    Attributes:
+        pairs: ``(key, truth, answer)``, highest key first.
+    """
+
+    def __init__(self, most: int = 6) -> None:
+        self.most = most
+        self.pairs: list[tuple[float, Image.Image, Image.Image]] = []
+
+    def offer(self, key: float, draw: Callable[[], tuple[Image.Image, Image.Image]]) -> None:
+        """Keep a picture if its key is above 0 and one of the highest so far."""
+        if key > 0 and (len(self.pairs) < self.most or key > self.pairs[-1][0]):
+            self.pairs = sorted([*self.pairs, (key, *draw())], key=lambda pair: -pair[0])[: self.most]
 
 
 def colour(number: int) -> tuple[int, int, int]:

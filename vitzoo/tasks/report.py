@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vitzoo.tasks.draw import sheet
+from vitzoo.tasks.draw import Surest, sheet
 
-__all__ = ["draw", "draw_answers", "draw_dense", "draw_groups"]
+__all__ = ["draw", "draw_answers", "draw_dense", "draw_groups", "draw_pairs"]
 
 INK, TRAIN, VAL = "#30343b", "#b0602a", "#1f6f8b"
 
@@ -170,3 +170,17 @@ def draw_answers(
         return text, pictures, captions
 
     draw_groups([group("held-out pictures", samples), group("surest mistakes", mistakes)], path)
+
+
+def draw_pairs(shown: list[tuple[Image.Image, Image.Image]], surest: Surest, path: str | Path) -> None:
+    """Draw some held-out pictures, truth and answer side by side, and those with the most confident mistakes.
+
+    Args:
+        shown: Pairs.
+        surest: Pairs with the share or score of what is wrong.
+        path: Of the PNG; its folder exists.
+    """
+    first = [picture for pair in shown for picture in pair]
+    worst = [picture for _, *pair in surest.pairs for picture in pair]
+    captions = [text for key, *_ in surest.pairs for text in ("", f"mistaken: {key:.2f}")]
+    draw_groups([("held-out pictures: truth, answer", first, []), ("surest mistakes: truth, answer", worst, captions)], path)

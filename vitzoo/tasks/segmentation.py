@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from vitzoo.data.errors import UserError
 from vitzoo.heads import segmenter
 from vitzoo.tasks.base import Task
-from vitzoo.tasks.draw import draw_classes, sheet
+from vitzoo.tasks.draw import Surest, draw_classes, sheet
+from vitzoo.tasks.figures import write_matrix, write_rows
 from vitzoo.tasks.losses import dice_loss
 from vitzoo.tasks.optim import build_optimizer, dense_groups
 from vitzoo.tasks.predictions import ClassMaps
-from vitzoo.tasks.report import draw_dense
+from vitzoo.tasks.report import draw_dense, draw_pairs
 
 __all__ = ["IGNORE", "Segmentation", "scores", "slide"]
 
@@ -190,6 +192,7 @@ class Segmentation(Task):
         self.eval_loss = MeanMetric(nan_strategy="ignore")
         self.count = SumMetric()
         self.shown: list[tuple[Image.Image, Image.Image]] = []
+        self.surest = Surest()
 
     @property
     def title(self) -> str:
@@ -251,6 +254,7 @@ class Segmentation(Task):
         for metric in (self.confusion, self.eval_loss, self.count):
             metric.reset()
         self.shown.clear()
+        self.surest = Surest()
 
     def _evaluate(self, batch: tuple[list[Tensor], list[Tensor]]) -> None:
         for image, labels in zip(*batch, strict=True):
@@ -260,16 +264,18 @@ class Segmentation(Task):
             if known.any():
                 self.confusion.update(said[known], labels[known])
                 self.eval_loss.update(F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE))
+                sure = logits.softmax(0).amax(0) * (said != labels)
+                self.surest.offer(float(sure[known].mean()), partial(self._pair, image, labels, said))
             if len(self.shown) < SHOWN:
-                self._show(image, labels, said)
+                self.shown.append(self._pair(image, labels, said))
 
-    def _show(self, image: Tensor, labels: Tensor, said: Tensor) -> None:
+    def _pair(self, image: Tensor, labels: Tensor, said: Tensor) -> tuple[Image.Image, Image.Image]:
         names = getattr(getattr(self.trainer, "datamodule", None), "classes", ()) if self._trainer is not None else ()
         small = F.interpolate(image[None].float(), size=labels.shape, mode="bilinear", align_corners=False)[0].cpu()
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.model.mean, self.model.std))
         pixels = (255 * (small * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         names = names if len(names) <= 30 else ()
-        self.shown.append((draw_classes(pixels, labels.cpu(), names), draw_classes(pixels, said.cpu(), names)))
+        return draw_classes(pixels, labels.cpu(), names), draw_classes(pixels, said.cpu(), names)
 
     def _finish(self, stage: str) -> None:
         figures = {**scores(self.confusion.compute()), "loss": self.eval_loss.compute()}
@@ -311,6 +317,26 @@ class Segmentation(Task):
         """Learning curve, and held-out pictures with truth and prediction side by side."""
         grid = sheet([picture for pair in self.shown for picture in pair], columns=6, edge=200)
         draw_dense(rows, "miou", "mIoU", grid, title, path)
+
+    def record(self, folder: Path, stage: str) -> None:
+        """IoU and recall of each class, confusions in pixels, and a picture of maps and of the surest mistakes."""
+        data, confusion = getattr(self.trainer, "datamodule", None), self.confusion.compute()
+        if data is None or not self.trainer.is_global_zero:
+            return
+        counts = confusion.cpu().double()
+        hit, true, union = counts.diag(), counts.sum(1), counts.sum(1) + counts.sum(0) - counts.diag()
+        rows = [
+            {
+                "class": name,
+                "pixels": int(n),
+                "iou": round(float(h / u), 6) if u else "",
+                "recall": round(float(h / n), 6) if n else "",
+            }
+            for name, h, n, u in zip(data.classes, hit, true, union, strict=True)
+        ]
+        write_rows(folder / f"{stage}_classes.csv", rows)
+        write_matrix(folder / f"{stage}_confusion.csv", confusion, data.classes)
+        draw_pairs(self.shown, self.surest, folder / f"{stage}_pictures.png")
 
     def published_fits(self, data: Any) -> None:
         """A backbone's published weights segment nothing yet."""

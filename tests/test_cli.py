@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import vitzoo
 from vitzoo.models import index
 from vitzoo.models._registry import checkpoints_of
-from vitzoo_cli import COMMANDS, _completion, _index, main, parser_of
+from vitzoo_cli import COMMANDS, _completion, _index, _models, main, parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,6 +141,49 @@ def test_a_pattern_is_drawn_and_printed(capsys, tmp_path):
     assert Image.open(out).size == (7 * 14 + 1, 6 * 14 + 1)
     assert "no pattern" in fail(capsys, "visualize", "pattern", "--pattern", "__import__('os')", "--out", str(out))
     assert "needs" in fail(capsys, "visualize", "pattern", "--pattern", "neighborhood(9)", "--size", "5", "--out", str(out))
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (("attention", "--model", "swin_micro", "--random", "--layer", "2", "--head", "1"), ("attention_heat", 2, 1)),
+        (("attention", "--model", "nat_micro.digits"), ("attention_heat", -1, None)),
+        (("rollout", "--model", "nat_micro.digits"), ("rollout",)),
+        (("rollout", "--model", "nat_micro.digits", "--target", "2"), ("relevance", 2)),
+        (("gradcam", "--model", "nat_micro.digits", "--target", "5"), ("gradcam", 5)),
+        (("attention", "--model", "test_vit", "--random"), ("attention_heat", -1, None)),  # one of timm's
+        (("gradcam", "--model", "test_resnet", "--random"), ("gradcam", None)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_what_a_model_attends_to_is_drawn_over_the_photograph(capsys, tmp_path, digit, words, asked):
+    out = tmp_path / "seen.png"
+    torch.manual_seed(0)
+    assert run(capsys, "visualize", *words, "--image", str(digit), "--out", str(out)) == f"{words[0]} in {out}\n"
+    torch.manual_seed(0)
+    args = parser_of("visualize").parse_args([*words, "--image", str(digit), "--out", str(out)])
+    model, image, config = _models.pictured(args)
+    model = model if words[0] == "gradcam" else vitzoo.accelerate(model)
+    name, *options = asked
+    heat = getattr(vitzoo.explain, name)(model, image[None], *options)
+    expected = vitzoo.explain.draw(image, heat[0], mean=config["mean"], std=config["std"])
+    assert heat.std() > 0
+    assert Image.open(out).tobytes() == expected.tobytes()
+
+
+def test_what_cannot_be_drawn_is_said_in_a_sentence(capsys, tmp_path, digit):
+    def said(kind: str, *words: str, model: str = "nat_micro.digits", out: str = "x.png") -> str:
+        return fail(capsys, "visualize", kind, "--model", model, "--image", str(digit), "--out", str(tmp_path / out), *words)
+
+    assert "attends in 5 layers, there is no layer 5" in said("attention", "--layer", "5")
+    assert "has 4 heads, there is no head 4" in said("attention", "--head", "4")
+    assert "target is one of 10 classes" in said("rollout", "--target", "10")
+    assert "target is one of 10 classes" in said("gradcam", "--target", "-1")
+    assert "called no softmax attention" in said("attention", "--random", model="van_micro")
+    assert "Did you mean" in said("attention", model="nat_tyni")
+    assert "There is no folder" in said("rollout", out="nowhere/x.png")
+    assert "takes --model NAME and --image FILE" in fail(capsys, "visualize", "rollout", "--out", "x.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- weights that are really there ------------------------------------------------------------------------------------

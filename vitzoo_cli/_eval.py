@@ -6,8 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from vitzoo_cli import _index
-
 EXAMPLES = (
     "vitzoo eval --model nat_micro.digits --data digits",
     "vitzoo eval --model swin_tiny_patch4_window7_224 --data path/to/imagenet --batch-size 128 --device cuda",
@@ -18,7 +16,7 @@ EXAMPLES = (
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("--data", required=True, help="a folder with val/ in it or of class folders; or: digits")
-    parser.add_argument("--model", metavar="NAME", help="a name of `vitzoo list`, with its published weights")
+    parser.add_argument("--model", metavar="NAME", help="a name of `vitzoo list` or of timm's, with its published weights")
     parser.add_argument("--checkpoint", type=Path, help="of a run of train.py, which knows its model; or weights for --model")
     parser.add_argument("--num-classes", type=int, help="of the weights given with --checkpoint and --model")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures (default 64)")
@@ -31,8 +29,6 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     if args.model is None and args.checkpoint is None:
         raise ValueError("Which model? --model NAME (`vitzoo list --pretrained`), or --checkpoint of a run.")
-    if args.model is not None:
-        _index.named(args.model)
     import torch
     from rich.progress import track
     from torch.utils.data import DataLoader

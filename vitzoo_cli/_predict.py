@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitzoo_cli import _index
-
 EXAMPLES = (
     "vitzoo predict digit.png --model nat_micro.digits",
     "vitzoo predict a.jpg b.jpg --model swin_tiny_patch4_window7_224 --top 3 --json",
@@ -28,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("images", nargs="+", type=Path, metavar="PICTURE", help="JPEG, PNG and whatever else Pillow reads")
     parser.add_argument("--task", choices=["classify", "detect", "segment"], default="classify", help="default: classify")
-    parser.add_argument("--model", metavar="NAME", help="a name of `vitzoo list`, with its published weights")
+    parser.add_argument("--model", metavar="NAME", help="a name of `vitzoo list` or of timm's, with its published weights")
     parser.add_argument("--checkpoint", type=Path, help="of a run of train.py, which knows its model; or weights for --model")
     parser.add_argument("--num-classes", type=int, help="of the weights given with --checkpoint and --model")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
@@ -47,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "classify":
         if args.model is None and args.checkpoint is None:
             raise ValueError("Which model? --model NAME (`vitzoo list --pretrained`), or --checkpoint of a run.")
-        if args.model is not None:
-            _index.named(args.model)
         return _classify(args)
     if args.checkpoint is None or args.out is None or len(args.images) != 1:
         raise ValueError(

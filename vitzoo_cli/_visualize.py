@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitzoo_cli import _index
 from vitzoo_cli._info import size_of
 
 KINDS = ("attention", "rollout", "gradcam", "tokens", "pattern")
@@ -24,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("kind", choices=KINDS, help="what is drawn")
     parser.add_argument("--out", type=Path, required=True, help="a picture file")
-    parser.add_argument("--model", metavar="NAME", help="a name of `vitzoo list`, with its published weights where it has any")
+    parser.add_argument("--model", metavar="NAME", help="a name of `vitzoo list` or of timm's, with its published weights")
     parser.add_argument("--checkpoint", type=Path, help="weights of yours instead")
     parser.add_argument("--random", action="store_true", help="random weights instead")
     parser.add_argument("--num-classes", type=int, help="of the weights given with --checkpoint")
@@ -33,7 +32,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=int, default=-1, help="attention: which one, in the order in which they run (default: last)"
     )
     parser.add_argument("--head", type=int, help="attention: one head (default: their mean)")
-    parser.add_argument("--target", type=int, help="rollout, gradcam: the class (default: the likeliest)")
+    parser.add_argument(
+        "--target",
+        type=int,
+        help="gradcam: the class (default: the likeliest); rollout: show relevance for it instead",
+    )
     parser.add_argument("--method", default="tome", help="tokens: the reduction (default tome)")
     parser.add_argument("--r", type=int, help="tokens: how many merge in each block (tome)")
     parser.add_argument("--keep-rate", type=float, help="tokens: share of the patches that stays (evit, dynamicvit, ...)")
@@ -46,13 +49,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw."""
+    if not args.out.parent.is_dir():
+        raise ValueError(f"There is no folder {args.out.parent} to write {args.out.name} in.")
     if args.kind == "pattern":
         return _pattern(args)
     if args.model is None or args.image is None:
         raise ValueError(f"visualize {args.kind} takes --model NAME and --image FILE.")
     if not args.image.is_file():
         raise ValueError(f"There is no picture at {args.image}.")
-    _index.named(args.model)
     from vitzoo_cli import _pictures, _tokens
 
     (_tokens if args.kind == "tokens" else _pictures).draw(args)

@@ -94,7 +94,7 @@ def _spread(name: str, matrix: Tensor, grid: Grid, prefix: int) -> Tensor:
     """``[S, L]``: how the keys of a smaller map fall on the tokens of the map, equally on those of a cell."""
     keys = matrix.shape[2]
     for rate in range(2, max(grid) + 1):
-        for small in ((-(-grid[0] // rate), -(-grid[1] // rate)), (grid[0] // rate, grid[1] // rate)):
+        for small in shrunk(grid, rate):
             if small[0] * small[1] == keys and prefix == 0:
                 return means(grid, small, matrix)
     raise ValueError(
@@ -103,12 +103,20 @@ def _spread(name: str, matrix: Tensor, grid: Grid, prefix: int) -> Tensor:
     )
 
 
+def shrunk(grid: Grid, rate: int) -> tuple[Grid, Grid]:
+    """A map at ``1 / rate`` of its size, rounded up and rounded down."""
+    return (-(-grid[0] // rate), -(-grid[1] // rate)), (grid[0] // rate, grid[1] // rate)
+
+
 def means(grid: Grid, small: Grid, like: Tensor) -> Tensor:
-    """``[h' w', h w]``: each token of a smaller map as the mean of the cell that it stands for; rows sum to one."""
+    """``[h' w', h w]``: each token of a smaller map as the mean of the cell that it stands for; rows sum to one.
+
+    Where rounding down has left rows or columns out, no cell holds them.
+    """
+    rate = next((r for r in range(1, max(grid) + 1) if small in shrunk(grid, r)), 0)
     axes = []
     for n, cells in zip(grid, small, strict=True):
-        size = -(-n // cells)
-        place = (torch.arange(n, device=like.device) // size).clamp(max=cells - 1)
+        place = torch.arange(n, device=like.device) // (rate or -(-n // cells))
         members = (place == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
         axes.append(members / members.sum(dim=1, keepdim=True).clamp(min=1))
     return torch.kron(axes[0], axes[1])

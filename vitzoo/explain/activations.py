@@ -25,7 +25,7 @@ def scaled(cam: Tensor) -> Tensor:
 
 
 def default_layer(model: nn.Module) -> str:
-    """The first norm of the last block; the last stage where no block has one.
+    """The first norm of the last block; the last stage, or what timm takes for it, where no block has one.
 
     Behind the last attention of a class-token model only that token has a gradient, so it is looked at in front of it.
 
@@ -37,9 +37,11 @@ def default_layer(model: nn.Module) -> str:
     if norms:
         return norms[-1]
     stages = [name for name in names if name.startswith("stages.") and name.count(".") == 1]
-    if not stages:
+    features: Any = getattr(model, "feature_info", None) or ()
+    known = [info["module"] for info in features if isinstance(info, dict) and info.get("module") in names]
+    if not stages and not known:
         raise ValueError(f"{type(model).__name__} has no block with a norm1 and no stages. Name a layer (layers=...).")
-    return stages[-1]
+    return (stages or known)[-1]
 
 
 def gradcam(
@@ -104,8 +106,12 @@ def as_map(model: nn.Module, module: nn.Module, output: Tensor, x: Tensor) -> Te
         return output[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
     if output.ndim != 4:
         raise ValueError(f"{type(module).__name__} puts out {list(output.shape)}, which is neither a map nor tokens.")
-    channels = next((p.shape[0] for p in module.parameters() if p.ndim == 1), None)
-    first = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm) or (
-        channels == output.shape[1] != output.shape[3] and not isinstance(module, nn.LayerNorm)
-    )
-    return output if first else output.permute(0, 3, 1, 2)
+    return output if _channels_first(model, module, output.shape) else output.permute(0, 3, 1, 2)
+
+
+def _channels_first(model: nn.Module, module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a layer puts out ``[B, C, h, w]``: the axis that is as wide as its parameters tells; if both are, its kind."""
+    widths = {p.shape[0] for p in module.parameters() if p.ndim == 1} or {p.shape[0] for p in model.parameters() if p.ndim == 1}
+    if (shape[1] in widths) != (shape[3] in widths):
+        return shape[1] in widths
+    return type(module) is not nn.LayerNorm and not type(module).__module__.startswith("vitzoo.")

@@ -147,7 +147,7 @@ def norm_attribution(
         ``[B, L, L]`` norms, receiving tokens in rows: "weighted" of each head's share ``[B, N, L, L]``, "summed" over
         heads, "residual" with the residual on the diagonal, "norm/0", "norm/1" behind each LayerNorm.
     """
-    batch, heads, length, depth = value.shape
+    _, heads, length, depth = value.shape
     transformed = torch.einsum("bnld,cnd->bnlc", value, project.unflatten(1, (heads, depth)))
     summed = torch.einsum("bnij,bnjc->bijc", weights, transformed)
     eye = torch.eye(length, dtype=residual.dtype, device=residual.device)
@@ -161,5 +161,4 @@ def norm_attribution(
         spread = (normed.var(dim=-1, unbiased=False) + eps).sqrt()
         share = (share - share.mean(dim=-1, keepdim=True)) / spread[:, :, None, None] * weight
         found[f"norm/{i}"] = share.norm(dim=-1)
-    del batch
     return found

@@ -72,7 +72,7 @@ def attention_heat(model: nn.Module, x: Tensor, layer: int = -1, head: int | Non
         head: one head; None for their mean.
 
     Returns:
-        ``[B, h, w]`` on the map of that layer; with the prefix tokens' share they sum to one.
+        ``[B, h, w]`` on the map of that layer; with the share of prefix tokens and of padding they sum to one.
 
     Raises:
         ValueError: there is no such layer or head, or it cannot be laid on a map.

@@ -270,6 +270,7 @@ def test_a_full_disk_leaves_no_weights(published, cache, monkeypatch):
         ("agent_deit_tiny", "Tsinghua cloud", "https://cloud.tsinghua.edu.cn/f/57e0904221824ee7b7af/"),
         ("crossformer_pp_base", "Baidu", "https://pan.baidu.com/s/"),
         ("glnet_4g", "OneDrive", "https://1drv.ms/"),
+        ("moh_transnext_base_50", "A page of Hugging Face", "https://huggingface.co/Chat-UniVi/MoH-ViT-B-50"),
     ],
 )
 def test_a_host_for_browsers_ends_in_the_page_and_the_command(name, host, page):

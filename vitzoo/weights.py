@@ -106,7 +106,12 @@ class Checkpoint:
     @property
     def host(self) -> str | None:
         """Whose page has to be opened by hand; None where a program may fetch the file."""
-        return None if self.file or self.hf_hub_id else _BY_HAND.get(urllib.parse.urlsplit(self.url).hostname or "")
+        if self.file or self.hf_hub_id:
+            return None
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.hostname == "huggingface.co" and "/resolve/" not in parts.path:
+            return "A page of Hugging Face"
+        return _BY_HAND.get(parts.hostname or "")
 
     @property
     def page(self) -> str:

@@ -59,29 +59,37 @@ def cells(n: int, ratio: int, device: torch.device) -> Cells:
 
 
 def pool_map(x: Tensor, ratio: int) -> Tensor:
-    """Means of cells: ``[B, H, W, C]`` to ``[B, P, Q, C]``, zero in spare ones. Two products: sums in a fixed order."""
-    for dim in (1, 2):
-        axis = cells(x.shape[dim], ratio, x.device)
-        place = torch.arange(x.shape[dim], device=x.device)
-        inside = (place >= axis.first[:, None]) & (place < axis.end[:, None])
-        share = (inside / (axis.end - axis.first)[:, None]).to(x.dtype)
-        x = torch.einsum("ph,bhwc->bpwc" if dim == 1 else "pw,bhwc->bhpc", share, x)
-    return x
+    """Means of cells: ``[B, H, W, C]`` to ``[B, P, Q, C]``, zero in spare ones. Two products: sums in a fixed order.
+
+    Channels go to the batch: what would split rows from columns again asks, in a captured graph, whether sizes divide.
+    """
+    maps = x.permute(0, 3, 1, 2).flatten(0, 1)
+    rows, cols = (shares(n, ratio, x).expand(maps.shape[0], -1, -1) for n in x.shape[1:3])
+    pooled = torch.bmm(torch.bmm(rows, maps), cols.mT)
+    return pooled.unflatten(0, (-1, x.shape[3])).permute(0, 2, 3, 1)
 
 
-def log_scaled(rows: Tensor, cols: Tensor, reference: int) -> Tensor:
+def shares(n: int, ratio: int, like: Tensor) -> Tensor:
+    """What each of n coordinates is of the mean of each cell: ``[P, n]`` in the dtype of ``like``."""
+    axis, place = cells(n, ratio, like.device), torch.arange(n, device=like.device)
+    inside = (place >= axis.first[:, None]) & (place < axis.end[:, None])
+    return (inside / (axis.end - axis.first)[:, None]).to(like.dtype)
+
+
+def log_scaled(rows: Tensor, cols: Tensor, reference: tuple[int, int]) -> Tensor:
     """Offsets in tokens as the MLP reads them, ``[T, U, 2]``: over the map of pre-training, times 8, logarithms of base 8."""
-    grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1) * (8 / max(reference - 1, 1))
+    rows, cols = (offsets * (8 / max(n - 1, 1)) for offsets, n in zip((rows, cols), reference, strict=True))
+    grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1)
     return grid.sign() * torch.log2(grid.abs() + 1) / 3
 
 
-def log_offsets(x: Tensor, ratio: int, reference: int, like: Tensor) -> Tensor:
+def log_offsets(x: Tensor, ratio: int, reference: tuple[int, int], like: Tensor) -> Tensor:
     """All offsets of the map ``x`` ``[B, H, W, C]`` from its cells, ``[T, U, 2]``, in the dtype of ``like``."""
     rows, cols = (cells(n, ratio, x.device).values for n in (x.shape[1], x.shape[2]))
     return log_scaled(rows, cols, reference).to(like.dtype)
 
 
-def relative_table(x: Tensor, reference: int, like: Tensor) -> Tensor:
+def relative_table(x: Tensor, reference: tuple[int, int], like: Tensor) -> Tensor:
     """All offsets between two tokens of ``x``, ``[2 H - 1, 2 W - 1, 2]``, descending: tables of ops are key minus query."""
     rows, cols = (n - 1 - torch.arange(2 * n - 1, device=x.device) for n in (x.shape[1], x.shape[2]))
     return log_scaled(rows, cols, reference).to(like.dtype)
@@ -151,14 +159,14 @@ class LengthScaledAttention(nn.Module):
 
     Args:
         slot: the place.
-        reference: rows, and columns, of the map in pre-training.
+        reference: rows and columns of the map in pre-training.
         shared: heads that every token takes.
         topk: heads that a token takes of the others.
 
     Shape: ``[B, H, W, C]``, unchanged.
     """
 
-    def __init__(self, slot: Slot, reference: int, shared: int, topk: int) -> None:
+    def __init__(self, slot: Slot, reference: tuple[int, int], shared: int, topk: int) -> None:
         super().__init__()
         self.split = (slot.num_heads, check_heads(slot.dim, slot.num_heads))
         self.reference, self.ratio = reference, 1
@@ -202,7 +210,7 @@ class AggregatedAttention(LengthScaledAttention):
 
     Args:
         slot: the place; ``slot.kv_ratio`` is by what the map is pooled.
-        reference: rows, and columns, of the map in pre-training.
+        reference: rows and columns of the map in pre-training.
         shared: heads that every token takes.
         topk: heads that a token takes of the others.
 

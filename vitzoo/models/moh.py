@@ -105,7 +105,7 @@ class MoH(Pyramid):
         """The attention of block ``j`` of stage ``i``, with its router."""
         cfg = self.cfg
         attention = AggregatedAttention if cfg.pool_ratios[i] > 1 else LengthScaledAttention
-        reference = cfg.pretrain_size // cfg.strides[i]
+        reference = (cfg.pretrain_size // cfg.strides[i],) * 2
         return attention(self.slot(i, j), reference, cfg.shared_heads[i], cfg.routed_heads[i])
 
     def make_stage_norm(self, i: int) -> nn.Module:

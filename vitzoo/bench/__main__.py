@@ -1,8 +1,9 @@
-"""``python -m vitzoo.bench models | accelerate | ops | all``: times the zoo against its baselines and prints Markdown tables.
+"""Times the zoo against its baselines and prints Markdown tables.
 
     python -m vitzoo.bench models                       # whole models against timm's, or against an unfold
     python -m vitzoo.bench models nat_tiny --forward-only
     python -m vitzoo.bench accelerate davit_tiny        # a model of timm's against what vitzoo.accelerate makes of it
+    python -m vitzoo.bench tokens deit_small_patch16_224  # reduced models against the same model as it was
     python -m vitzoo.bench ops                          # ops against FlexAttention, unfold, SDPA with a bias, NATTEN, PyTorch
     python -m vitzoo.bench all --out DIR                # checks (on a GPU) and every table, as Markdown and JSON
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vitzoo.bench import accelerate, calls, dense, models, ops, token_ops
+from vitzoo.bench import accelerate, calls, dense, models, ops, reduction, token_ops
 from vitzoo.bench.timing import environment
 
 
@@ -46,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--batch", type=int, default=8, help="images (default 8)")
     sub.add_argument("--forward-only", action="store_true", help="leave out training")
     sub.set_defaults(run=_accelerate)
+
+    sub = commands.add_parser("tokens", help="reduced models against the same model as it was")
+    sub.add_argument("names", nargs="*", help=f"plain transformers of ours or timm's; none: {reduction.MODEL}")
+    sub.add_argument("--method", action="append", help='METHOD or METHOD:JSON, as tome:{"r":13}; again for more; none: a table')
+    sub.add_argument("--batch", type=int, help="images (default 16, on a GPU 256)")
+    sub.set_defaults(run=_tokens)
 
     sub = commands.add_parser("ops", help="ops against other ways to compute them")
     gpu = torch.cuda.is_available()
@@ -110,6 +117,23 @@ def _accelerate(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _tokens(args: argparse.Namespace, command: str) -> int:
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", "bfloat16") if gpu else ("cpu", "float32")
+    try:
+        settings = [reduction.parse(words) for words in args.method] if args.method else list(reduction.SETTINGS)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    batch = args.batch or (256 if gpu else 16)
+    cases = [reduction.Case(n, *s, batch, device, dtype) for n in args.names or [reduction.MODEL] for s in settings]
+    results = []
+    for i, case in enumerate(cases):
+        _progress(i, cases, f"{case.model}, {case.method} {case.setting}")
+        results.append(reduction.measure(case, args.rounds))
+    _report(command, environment(device, dtype), reduction.table(results), [asdict(r) for r in results], args.json)
+    return 0
+
+
 def _ops(args: argparse.Namespace, command: str) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -141,7 +165,8 @@ def _all(out: Path) -> int:
     if torch.cuda.is_available():
         tests = Path(__file__).resolve().parents[2] / "tests"
         steps.insert(0, ("checks", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", str(tests)]))
-    steps.append(("models", [*bench, "models", "--rounds", "5", "--json", str(out / "models.json")]))
+    for name in ("models", "tokens"):
+        steps.append((name, [*bench, name, "--rounds", "5", "--json", str(out / f"{name}.json")]))
     failed = []
     for name, command in steps:
         print(f"== {name}", file=sys.stderr, flush=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import timm
@@ -11,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import vitzoo
-from vitzoo.bench.models import _interleaved, train_step
-from vitzoo.bench.timing import markdown
+from vitzoo.bench.models import train_step
+from vitzoo.bench.timing import Run, markdown, paired, peak_resident
 
 MODELS = (
     "swin_tiny_patch4_window7_224",
@@ -88,12 +86,7 @@ def run(case: Case, which: str) -> None:
 
 def peak_memory(case: Case, which: str) -> float:
     """MiB of resident memory at most, in a process of its own (Linux)."""
-    code = (
-        f"from vitzoo.bench.accelerate import Case, run; run({case!r}, {which!r});"
-        "print([int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')][0] / 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return peak_resident(f"from vitzoo.bench.accelerate import Case, run; run({case!r}, {which!r})")
 
 
 def measure(case: Case, rounds: int = 9) -> Result:
@@ -116,21 +109,21 @@ def measure(case: Case, rounds: int = 9) -> Result:
     if not error <= 1e-3:
         raise RuntimeError(f"{case.model} and its accelerated form differ by {error:.1e}: not timed.")
 
-    def forward(model: nn.Module) -> object:
+    def forward(model: nn.Module) -> Run:
         def once() -> None:
             with torch.inference_mode():
                 model(x)
 
         return once
 
-    forward_ms, forward_ratio = _interleaved(forward(ours), forward(theirs), rounds)
+    forward_ms, forward_ratio = paired(forward(ours), forward(theirs), rounds)
     train_ms = train_ratio = None
     if not case.forward_only:
         ours.train()
         theirs.train()
         train_step(ours, x)
         train_step(theirs, x)
-        train_ms, train_ratio = _interleaved(lambda: train_step(ours, x), lambda: train_step(theirs, x), rounds)
+        train_ms, train_ratio = paired(lambda: train_step(ours, x), lambda: train_step(theirs, x), rounds)
     mine, other = (peak_memory(case, which) for which in ("ours", "theirs"))
     way = "exchange" if type(ours) is type(theirs) else "rebuild"
     return Result(case, way, error, forward_ms, forward_ratio, train_ms, train_ratio, mine, other / mine)

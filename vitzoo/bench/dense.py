@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vitzoo
+from vitzoo.bench.timing import resident
 from vitzoo.heads import Maps
 
 SIZES = ((512, 512), (800, 1333), (1024, 2048))
@@ -72,12 +73,6 @@ def step(model: nn.Module, x: Tensor, *, train: bool) -> None:
         return
     torch.stack([y.square().mean() for y in model(x)]).sum().backward()
     model.zero_grad(set_to_none=True)
-
-
-def resident(field: str) -> float:
-    """MiB of this process by a field of ``/proc/self/status`` (Linux); not getrusage, whose maximum is inherited."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
 def run(case: Case, rounds: int = 3) -> tuple[float, float]:

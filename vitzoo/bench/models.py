@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +10,7 @@ from torch import Tensor, nn
 
 import vitzoo
 from vitzoo.bench.baselines import baseline_of
-from vitzoo.bench.timing import markdown
+from vitzoo.bench.timing import Run, markdown, paired, peak_resident
 
 
 @dataclass(frozen=True)
@@ -77,24 +73,6 @@ def train_step(model: nn.Module, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _seconds(run: object, *args: object) -> float:
-    start = time.perf_counter()
-    run(*args)  # type: ignore[operator]
-    return time.perf_counter() - start
-
-
-def _interleaved(ours: object, theirs: object, rounds: int) -> tuple[float, float]:
-    """Median milliseconds of ours, and the median over rounds of theirs / ours; the order turns every round."""
-    mine, ratios = [], []
-    for i in range(rounds):
-        first, second = (ours, theirs) if i % 2 else (theirs, ours)
-        a, b = _seconds(first), _seconds(second)
-        own, other = (a, b) if i % 2 else (b, a)
-        mine.append(own)
-        ratios.append(other / own)
-    return 1e3 * statistics.median(mine), statistics.median(ratios)
-
-
 def measure(case: Case, rounds: int = 9, memory: bool = True) -> Result:
     """Check that both give the same output, then time them in turn.
 
@@ -118,21 +96,21 @@ def measure(case: Case, rounds: int = 9, memory: bool = True) -> Result:
     if error > 1e-3:
         raise RuntimeError(f"{case.model} and its baseline {baseline_name} differ by {error:.1e}: not timed.")
 
-    def forward(m: nn.Module) -> object:
+    def forward(m: nn.Module) -> Run:
         def run() -> None:
             with torch.no_grad():
                 m(x)
 
         return run
 
-    forward_ms, forward_ratio = _interleaved(forward(model), forward(baseline), rounds)
+    forward_ms, forward_ratio = paired(forward(model), forward(baseline), rounds)
     result = Result(case, baseline_name, error, forward_ms, forward_ratio)
     if case.forward_only:
         return result
     for m in (model, baseline):
         m.train()
         train_step(m, x)
-    train_ms, train_ratio = _interleaved(lambda: train_step(model, x), lambda: train_step(baseline, x), rounds)
+    train_ms, train_ratio = paired(lambda: train_step(model, x), lambda: train_step(baseline, x), rounds)
     ours, theirs = (peak_memory(case, which) for which in ("ours", "baseline")) if memory else (None, None)
     return Result(
         case,
@@ -149,15 +127,11 @@ def measure(case: Case, rounds: int = 9, memory: bool = True) -> Result:
 
 def peak_memory(case: Case, which: str) -> float:
     """MiB of resident memory at most, over three training steps in a process of their own (Linux)."""
-    code = (
-        "from vitzoo.bench.models import Case, build, train_step;"
-        f"name, baseline, ours, x = build({case!r}); m = ours if {which!r} == 'ours' else baseline;"
-        "del baseline, ours; m.train(); [train_step(m, x) for _ in range(3)];"
-        # not getrusage: its maximum is handed down from the process that started this one
-        "print([int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')][0] / 1024)"
+    return peak_resident(
+        "from vitzoo.bench.models import Case, build, train_step\n"
+        f"name, baseline, ours, x = build({case!r}); m = ours if {which!r} == 'ours' else baseline\n"
+        "del baseline, ours; m.train(); [train_step(m, x) for _ in range(3)]"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
 
 
 def table(results: list[Result]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,31 @@ def peak_mib(run: Run, device: torch.device) -> float | None:
     run()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def resident(field: str) -> float:
+    """MiB of this process by a field of ``/proc/self/status`` (Linux); not getrusage, whose maximum is inherited."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+
+def peak_resident(code: str) -> float:
+    """MiB of resident memory at most that Python code takes in a process of its own (Linux)."""
+    code += "\nfrom vitzoo.bench.timing import resident; print(resident('VmHWM'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def paired(ours: Run, theirs: Run, rounds: int) -> tuple[float, float]:
+    """Median milliseconds of ours, and the median over rounds of theirs / ours; the order turns every round."""
+    mine, ratios = [], []
+    for i in range(rounds):
+        first, second = (ours, theirs) if i % 2 else (theirs, ours)
+        a, b = (seconds(run, torch.device("cpu")) for run in (first, second))
+        own, other = (a, b) if i % 2 else (b, a)
+        mine.append(own)
+        ratios.append(other / own)
+    return 1e3 * statistics.median(mine), statistics.median(ratios)
 
 
 @dataclass(frozen=True)

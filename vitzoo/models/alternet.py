@@ -4,7 +4,7 @@ New here: convolutions and attention in turns, by a rule. Convolutions sharpen a
 pre-activation ResNet ends in pairs of a convolutional block and a block of window attention, more of them in later stages.
 
 Deviations: any image size; a window that leaves the map holds the tokens that are on it. The published code takes only maps
-that divide by the window.
+that divide by the window. Its authors have published no weights of it.
 """
 
 from __future__ import annotations

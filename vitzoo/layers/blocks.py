@@ -65,10 +65,11 @@ class Block(nn.Module):
         """The block on ``x``; ``grid``, rows and columns, is for a mixer that sees a map in the tokens."""
         if self._may_work_in_place(x):
             return self._forward_in_place(x, *grid)
+        # the mixer's output comes first in the sums: its strides, here as in place, become those of the residual stream
         if self.post_norm:
-            x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x, *grid))))
+            x = self.drop_path1(self.ls1(self.norm1(self.attn(x, *grid)))) + x
             return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *grid)))
+        x = self.drop_path1(self.ls1(self.attn(self.norm1(x), *grid))) + x
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _may_work_in_place(self, x: Tensor) -> bool:
@@ -96,7 +97,7 @@ class Block(nn.Module):
         """The first half's residual alone: ``x`` and the mixer's output ``y``, the caller's own, which may be written to."""
         if self._may_work_in_place(x):
             return self._join_in_place(x, y)
-        return x + self.drop_path1(self.ls1(self.norm1(y) if self.post_norm else y))
+        return self.drop_path1(self.ls1(self.norm1(y) if self.post_norm else y)) + x
 
     def _join_in_place(self, x: Tensor, y: Tensor) -> Tensor:
         return self.ls1(self.norm1(y) if self.post_norm else y).add_(x)

@@ -8,11 +8,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a test that fails elsewhere
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -34,8 +36,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def is_whole_model(path: Path) -> bool:
+    """Whether a golden file holds a model's weights and what the model puts out: by its header."""
+    from tests.golden.test_files import WHOLE
+
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        whole = json.loads(file.metadata()["spec"])["family"] in WHOLE
+    return whole and any(n.startswith("state/") for n in names) and any(n == "feature/0" for n in names)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden_file" in metafunc.fixturenames:
+    for fixture in {"golden_file", "whole_model"} & set(metafunc.fixturenames):
         given = [Path(folder) for folder in metafunc.config.getoption("--golden")]
         for folder in given:
             if not folder.is_dir():
@@ -47,7 +59,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
         if not files:
             raise pytest.UsageError("There are no *.safetensors files below the golden folders.")
-        metafunc.parametrize("golden_file", [path for path, _ in files], ids=[name for _, name in files])
+        if fixture == "whole_model":
+            files = [(path, name) for path, name in files if is_whole_model(path)]
+        metafunc.parametrize(fixture, [path for path, _ in files], ids=[name for _, name in files])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -152,3 +152,14 @@ def test_learned_positions_are_resized_to_another_image(tmp_path):
     x = torch.randn(1, 3, 40, 56)
     with torch.no_grad():
         torch.testing.assert_close(larger(x), vit(x))
+
+
+def test_features_need_what_they_are_made_of_and_no_more(tmp_path):
+    state = vitzoo.create_model("nat_micro").state_dict()
+    bare = {key: value for key, value in state.items() if not key.startswith(("norm.", "head."))}
+    save_file(bare, tmp_path / "dense.safetensors")
+    backbone = vitzoo.create_model("nat_micro", features_only=True, checkpoint_path=tmp_path / "dense.safetensors")
+    assert all(torch.equal(value, bare[key]) for key, value in backbone.model.state_dict().items())
+    save_file({key: value for key, value in bare.items() if key != "stem.norm.bias"}, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing \(stem\.norm\.bias\)"):
+        vitzoo.create_model("nat_micro", features_only=True, checkpoint_path=tmp_path / "less.safetensors")

@@ -234,3 +234,4 @@ def test_convert_takes_a_run_and_refuses_other_classes(capsys, tmp_path):
     said = fail(capsys, "convert", "nat_micro", str(theirs), "--out", str(tmp_path / "wrong.safetensors"))
     assert "(10, 128), not (1000, 128)" in said
     assert not (tmp_path / "wrong.safetensors").exists()
+    assert "a JSON object" in fail(capsys, "convert", "nat_micro", str(theirs), "--options", "[1]")

@@ -5,13 +5,15 @@ The authors' layout, timm's layout and our own are recognised; the renaming itse
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from vitzoo.layers.maps import resize_positions, resize_table
 _log = logging.getLogger(__name__)
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net", "backbone")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+_COUNTED = ("total_ops", "total_params")  # buffers that a profiler has left
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,17 +52,25 @@ def read(path: str | Path) -> dict[str, Any]:
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_plain()):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values, and loading the rest could run code, so it was not loaded. "
             "Open it where you trust it, and save only its state_dict."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged file makes torch raise RuntimeError, EOFError, IndexError, UnicodeDecodeError, ...
         raise ValueError(f"{path} cannot be read as a checkpoint ({error}). Download or save it again.") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a checkpoint. Save a state_dict.")
     return dict(loaded)
+
+
+def _plain() -> list[Any]:
+    """What training scripts put beside the weights and what only holds values: parsed arguments, numbers of NumPy."""
+    scalar: Any = np.float64(0).__reduce__()[0]
+    numbers = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    return [argparse.Namespace, np.dtype, *numbers, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -89,7 +100,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         if inner is None:
             break
         state = inner
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {k: value for k, value in state.items() if isinstance(value, Tensor) and k.rpartition(".")[2] not in _COUNTED}
     if not state:
         raise ValueError(f"No tensors in this checkpoint; its entries are: {', '.join(map(str, checkpoint)) or 'none'}.")
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
@@ -146,7 +157,7 @@ def _resized(key: str, value: Tensor, own: Tensor | None, model: nn.Module) -> T
     return value
 
 
-def load(model: Model, path: str | Path, *, adapt: bool = True) -> Model:
+def load(model: Model, path: str | Path, *, adapt: bool = True, needed: Container[str] | None = None) -> Model:
     """Load a checkpoint file into a model, strictly, and return the model.
 
     A classifier over another number of classes than the model's is left out, and the first convolution is made to take
@@ -156,6 +167,7 @@ def load(model: Model, path: str | Path, *, adapt: bool = True) -> Model:
         model: one of the zoo's.
         path: a file that ``read`` can read, in any layout that ``convert`` knows.
         adapt: False: other classes and channels raise as well.
+        needed: the entries that the file has to have; None: all of the model's. Published dense backbones have no last norm.
 
     Returns:
         The same model.
@@ -169,6 +181,8 @@ def load(model: Model, path: str | Path, *, adapt: bool = True) -> Model:
     if adapt:
         _without_other_heads(state, own)
         _with_channels(state, own, model)
+    if needed is not None:
+        state = {key: value for key, value in own.items() if key not in needed} | state
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differ = [key for key in own if key in state and state[key].shape != own[key].shape]
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in differ]

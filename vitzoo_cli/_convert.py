@@ -10,11 +10,13 @@ import argparse
 from pathlib import Path
 
 from vitzoo_cli import _index
+from vitzoo_cli._arguments import options
 
 EXAMPLES = (
     "vitzoo convert dat_pp_tiny ~/Downloads/dat_pp_tiny.pth",
     "vitzoo convert swin_tiny_patch4_window7_224.ms_in22k theirs.pth --out ours.safetensors",
     "vitzoo convert nat_tiny runs/folder/best.ckpt --num-classes 10 --out mine.safetensors",
+    """vitzoo convert nat_tiny theirs.pth --options '{"kernel_size": 5, "in_chans": 1}' --out mine.safetensors""",
 )
 
 
@@ -24,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin, .ckpt or .safetensors")
     parser.add_argument("--out", type=Path, help="a .safetensors file (default: the cache)")
     parser.add_argument("--num-classes", type=int, help="classes of the file, where they are not the published ones")
+    parser.add_argument("--options", type=options, metavar="JSON", default={}, help="other arguments of the file's model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{known['name']} has no weights of that tag. It has: {', '.join(rows) or 'none'}.")
     row = rows.get(args.model) or next(iter(rows.values()), None)
     path = args.out
-    if path is None and row is not None and args.num_classes is None:
+    given = args.options if args.num_classes is None else {**args.options, "num_classes": args.num_classes}
+    if path is None and row is not None and not given:
         path = weights.converted(row)
     if path is None:
         raise ValueError(f"No published checkpoint is known for {args.model}, so say where to write with --out.")
-    classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    model = load(vitzoo.create_model(args.model, **classes), args.file, adapt=False)
+    model = load(vitzoo.create_model(args.model, **given), args.file, adapt=False)
     save(model, path)
     count = sum(p.numel() for p in model.parameters())
     print(f"{args.file} fits {args.model}: {count:,} learned numbers, written to {path}")

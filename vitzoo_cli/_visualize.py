@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vitzoo_cli._arguments import options
 from vitzoo_cli._info import size_of
 
 KINDS = ("attention", "rollout", "gradcam", "tokens", "pattern")
@@ -40,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="tome", help="tokens: the reduction (default tome)")
     parser.add_argument("--r", type=int, help="tokens: how many merge in each block (tome)")
     parser.add_argument("--keep-rate", type=float, help="tokens: share of the patches that stays (evit, dynamicvit, ...)")
-    parser.add_argument("--options", metavar="JSON", help="tokens: further options of the method")
+    parser.add_argument("--options", type=options, metavar="JSON", default={}, help="tokens: further options of the method")
     parser.add_argument("--pattern", metavar="CALL", help=f"pattern: a call of vitzoo.patterns ({', '.join(NOUNS[:-2])})")
     parser.add_argument("--size", type=size_of, metavar="ROWSxCOLS", help="pattern: of the map (default 14)")
     parser.add_argument("--query", type=size_of, metavar="ROWxCOL", help="pattern: the token that looks")

@@ -242,9 +242,10 @@ def create_model(model_name: str, pretrained: bool | str = False, *, accept_lice
         return timm.create_model(full, **kwargs)
     if kwargs.pop("features_only", False):
         features = {k: kwargs.pop(k) for k in ("out_indices", "feature_cls") if k in kwargs}
-        state = checkpoints.load(timm.create_model(full, **{**kwargs, "num_classes": 0}), path).state_dict()
         model = timm.create_model(full, features_only=True, **features, **kwargs)
         wanted = model.model.state_dict()  # the getter keeps the backbone in .model
+        whole = timm.create_model(full, **{**kwargs, "num_classes": 0})
+        state = checkpoints.load(whole, path, needed=wanted).state_dict()
         model.model.load_state_dict({k: state[k] for k in wanted})
         return model
     return checkpoints.load(timm.create_model(full, **kwargs), path)

@@ -28,7 +28,9 @@ def run(call) -> tuple[Tensor, Tensor | None]:
         out, lse = _plain(q, k, v, bias, call.scale, call.return_lse)
         return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
     mask = bias if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).transpose(1, 2), None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).transpose(1, 2)
+    # a view behind it holds for the fused kernel's strides only, and ONNX writes the products out
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out, None
 
 
 def _total_bias(call) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from vitzoo.data.batches import mix, reseed
 from vitzoo.data.errors import UserError, among, within
 from vitzoo.tasks.optim import SCHEDULES, build_optimizer, build_schedule, scaled, updates_per_epoch
+from vitzoo.tasks.sharding import shard
 
 __all__ = ["Task"]
 
@@ -39,6 +40,7 @@ class Task(LightningModule):
         super().__init__()
         self.last_loss: Tensor | None = None
         self._first_bad: Tensor | None = None
+        self._sharded = False
 
     @property
     def title(self) -> str:
@@ -63,6 +65,16 @@ class Task(LightningModule):
     def predictions(folder: str) -> Callback:
         """What writes predictions into a folder; its ``summary()`` is one line."""
         raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Divide the model among the devices, where ``trainer.strategy`` is "fsdp2"."""
+        mesh = self.device_mesh
+        if mesh is None or self._sharded:
+            return
+        if self.hparams.ema is not None:
+            raise UserError("model.ema averages whole weights, and this strategy divides them: leave one of the two out.")
+        shard(self.model, mesh)
+        self._sharded = True
 
     def finished(self, loss: Tensor, batch_idx: int) -> Tensor:
         """What a training step returns for the mean loss of its batch.
@@ -214,7 +226,8 @@ class Task(LightningModule):
                     "it was trained."
                 )
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        self._tensors_fit(checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # a strategy that divides the weights has loaded them itself
+            self._tensors_fit(checkpoint["state_dict"])
         stored, present = checkpoint.get("classes"), list(getattr(data, "classes", []))
         if stored and present and stored != present:
             other = next(i for i, pair in enumerate(zip(stored, present, strict=True)) if pair[0] != pair[1])

@@ -96,6 +96,7 @@ def quiet() -> None:
         ".*recommended to use .*sync_dist=True.*",
         ".*exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*returned a view tensor.*",  # nothing changes logits in place
         ".*lr_scheduler.step.*before .*optimizer.step.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -64,7 +64,8 @@ class History(Callback):
         self._trained = time.perf_counter()
         step = trainer.global_step
         if trainer.loggers and step % trainer.log_every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
-            figures = {"train/loss": float(pl_module.last_loss), "lr": _peak_lr(trainer)}
+            loss = trainer.strategy.reduce(pl_module.last_loss, reduce_op="mean")  # of the whole batch, on all processes
+            figures = {"train/loss": float(loss), "lr": _peak_lr(trainer)}
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=step)
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 EXAMPLES = (
     "vitzoo bench models nat_tiny --forward-only --rounds 3",
     "vitzoo bench ops --json ops.json",
+    "vitzoo bench data nat_tiny --root path/to/imagenet --config configs/imagenet/nat_tiny.yaml --workers 4 8 16",
+    "vitzoo bench training",
 )
 
 

@@ -162,7 +162,7 @@ def _pictures(which: str | None, root: str, transform: Callable[[Any], Any], cla
         if not found:
             raise ValueError(f"{folder} holds no pictures in class folders.")
         samples = [(path, number) for number, (path, _) in enumerate(found)]
-        data = FolderImages(samples, [], transform, skip_corrupt=True, exif=False)
+        data = FolderImages(samples, [], transform, skip_corrupt=True, exif=known != 1000)  # ImageNet is measured without
         images = EvalSet(
             folder.name if folder.name not in ("val", "test") else folder.parent.name, data, [(i,) for _, i in found], names
         )

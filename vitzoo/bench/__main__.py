@@ -66,6 +66,24 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--train", action="store_true", help="forward and backward, plain and with every stage recomputed")
     sub.set_defaults(run=_dense)
 
+    sub = commands.add_parser("data", help="pictures a second of the training loader against the training step")
+    sub.add_argument("name", nargs="?", default="nat_tiny", help="model whose step is timed (default nat_tiny)")
+    sub.add_argument("--root", help="folder of pictures; without: made-up JPEGs of 500 x 375")
+    sub.add_argument("--config", help="of train.py: its data part says how pictures are augmented")
+    sub.add_argument("--batch", type=int, default=64, help="pictures in a step (default 64)")
+    sub.add_argument("--size", type=int, default=224, help="pixels on a side (default 224)")
+    sub.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2, 4, 8], help="loading processes (default 0 1 2 4 8)")
+    sub.add_argument("--pictures", type=int, default=512, help="in a round (default 512)")
+    sub.set_defaults(run=_data)
+
+    sub = commands.add_parser("training", help="a step of train.py against a bare loop; with --timm, accuracy against timm's")
+    sub.add_argument("--batches", nargs="+", type=int, default=[16, 32, 64, 128], help="pictures in a step of nat_micro")
+    sub.add_argument("--steps", type=int, default=40, help="in a window (default 40)")
+    sub.add_argument("--timm", type=Path, metavar="TRAIN_PY", help="timm's train.py: compare accuracies on the digits instead")
+    sub.add_argument("--seeds", type=int, default=5, help="of the comparison (default 5)")
+    sub.add_argument("--epochs", type=int, default=10, help="of the comparison (default 10)")
+    sub.set_defaults(run=_training)
+
     for each in commands.choices.values():
         each.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
         each.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
@@ -131,6 +149,34 @@ def _tokens(args: argparse.Namespace, command: str) -> int:
         _progress(i, cases, f"{case.model}, {case.method} {case.setting}")
         results.append(reduction.measure(case, args.rounds))
     _report(command, environment(device, dtype), reduction.table(results), [asdict(r) for r in results], args.json)
+    return 0
+
+
+def _data(args: argparse.Namespace, command: str) -> int:
+    from vitzoo.bench import data
+
+    results = data.loading(
+        args.name, root=args.root, config=args.config, batch=args.batch, size=args.size, workers=args.workers,
+        pictures=args.pictures, rounds=args.rounds,
+    )  # fmt: skip
+    gpu = torch.cuda.is_available()
+    facts = environment("cuda" if gpu else "cpu", "bfloat16 autocast" if gpu else "float32")
+    _report(command, facts, data.table(results), [data.as_json(r) for r in results], args.json)
+    return 0
+
+
+def _training(args: argparse.Namespace, command: str) -> int:
+    from vitzoo.bench import training
+
+    if args.timm is not None:
+        found = training.parity(args.timm, list(range(args.seeds)), args.epochs)
+        _report(command, environment(), training.parity_table(found), [found], args.json)
+        return 0
+    results = []
+    for i, batch in enumerate(args.batches):
+        _progress(i, args.batches, f"nat_micro, batch {batch}")
+        results.append(training.measure_step(batch, args.rounds, args.steps))
+    _report(command, environment(), training.table(results), [asdict(r) for r in results], args.json)
     return 0
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vitzoo.bench import accelerate, calls, dense, models, ops, reduction, token_ops
+from vitzoo.bench import accelerate, calls, dense, models, ops, reduction, routed, token_ops
 from vitzoo.bench.timing import environment
 
 
@@ -53,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--method", action="append", help='METHOD or METHOD:JSON, as tome:{"r":13}; again for more; none: a table')
     sub.add_argument("--batch", type=int, help="images (default 16, on a GPU 256)")
     sub.set_defaults(run=_tokens)
+
+    sub = commands.add_parser("routed", help="attend_routed against the form that gathers keys, at BiFormer's stages")
+    sub.add_argument("--sizes", nargs="+", type=int, default=list(routed.SIZES), help="pixels on a side of the image")
+    sub.add_argument("--batch", type=int, help="images (default 8 at 224 pixels, fewer where they are larger)")
+    sub.set_defaults(run=_routed)
 
     sub = commands.add_parser("ops", help="ops against other ways to compute them")
     gpu = torch.cuda.is_available()
@@ -152,6 +157,17 @@ def _tokens(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _routed(args: argparse.Namespace, command: str) -> int:
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    cases = routed.cases(args.sizes, args.batch, device, dtype)
+    results = []
+    for i, case in enumerate(cases):
+        _progress(i, cases, f"{case.size} pixels, stride {case.stride}")
+        results.append(routed.measure(case, args.rounds))
+    _report(command, environment(device, dtype), routed.table(results), [asdict(r) for r in results], args.json)
+    return 0
+
+
 def _data(args: argparse.Namespace, command: str) -> int:
     from vitzoo.bench import data
 
@@ -211,7 +227,7 @@ def _all(out: Path) -> int:
     if torch.cuda.is_available():
         tests = Path(__file__).resolve().parents[2] / "tests"
         steps.insert(0, ("checks", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", str(tests)]))
-    for name in ("models", "tokens"):
+    for name in ("models", "tokens", "routed"):
         steps.append((name, [*bench, name, "--rounds", "5", "--json", str(out / f"{name}.json")]))
     failed = []
     for name, command in steps:

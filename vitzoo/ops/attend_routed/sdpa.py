@@ -1,6 +1,6 @@
 """attend_routed through PyTorch: some regions of queries at a time, whose keys are gathered for as long as they are needed.
 
-A piece of the work is so many regions that their gathered keys and values take no more room than all keys and values do, so
+A piece of the work is so many regions that what is gathered for them takes no more room than all keys and values do, so
 memory does not grow with the number of regions that each one sees. Nothing is kept for the gradient but q, k, v and the index:
 every piece holds all keys of its queries, so its softmax is computed again. A captured graph, which cannot count pieces whose
 number depends on the map, takes one choice at a time instead and joins the results by their log-sum-exp.
@@ -61,9 +61,11 @@ def pieces(
     total, count, choices = len(q) * regions[0] * regions[1], regions[0] * regions[1], index.shape[-1]
     room = max(k.numel() + v.numel(), FREE)
     key_tokens = choices * (k.shape[1] // key_regions[0]) * (k.shape[2] // key_regions[1])
-    one = key_tokens * q.shape[3] * (k.shape[-1] + v.shape[-1])
+    query_tokens = (q.shape[1] // regions[0]) * (q.shape[2] // regions[1])
+    # of queries a copy and the result, of keys a copy, of values two for a moment
+    one = q.shape[3] * (query_tokens * (q.shape[-1] + v.shape[-1]) + key_tokens * (k.shape[-1] + 2 * v.shape[-1]))
     if scores:
-        one = max(one, key_tokens * q.shape[3] * (q.shape[1] // regions[0]) * (q.shape[2] // regions[1]))
+        one = max(one, key_tokens * q.shape[3] * query_tokens)
     size = max(1, room // one)
 
     def cut() -> Iterator[Piece]:

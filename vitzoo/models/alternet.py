@@ -17,7 +17,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitzoo.layers import BatchNorm, Linear, Slot, init_by_fan_out
+from vitzoo.layers import BatchNorm, Linear, Slot
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
 from vitzoo.ops import attend2d
@@ -142,8 +142,8 @@ class SharedBiasAttention(nn.Module):
         self.proj = Linear(num_heads * head_dim, out_dim)
 
     def init_weights(self) -> None:
-        """Normal 1 for the position bias, as published."""
-        nn.init.normal_(self.rel_bias)
+        """Normal 0.02 for the position bias, as published."""
+        nn.init.normal_(self.rel_bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).unflatten(-1, (2, *self.split)).unbind(-3)
@@ -200,8 +200,11 @@ class AlterNet(Pyramid):
         return nn.Sequential(BatchNorm(self.num_features), nn.ReLU())
 
     def init_weights(self) -> None:
+        """PyTorch's own for convolutions and linear layers, as published: larger ones grow with every block that adds its own."""
         super().init_weights()
-        init_by_fan_out(self)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.reset_parameters()
 
     @classmethod
     def from_published(cls, state: dict[str, Tensor], cfg: AlterNetConfig) -> dict[str, Tensor]:

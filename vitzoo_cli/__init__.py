@@ -22,7 +22,7 @@ COMMANDS: dict[str, str] = {
     "list": "models of the zoo: filter, sort, as a table or as JSON",
     "info": "one model: layers, parameters, multiply-adds, activations, who sees whom",
     "predict": "classify a picture, or find objects or regions in it",
-    "eval": "top-1 of a model on a folder of pictures",
+    "eval": "figures of models on folders of pictures or ImageNet's sets, one table",
     "convert": "a checkpoint of the authors, of timm or of yours as safetensors, checked",
     "export": "a model as ONNX or as an exported program, checked against eager",
     "bench": "time the zoo against its baselines",

@@ -200,7 +200,7 @@ class AlterNet(Pyramid):
         return nn.Sequential(BatchNorm(self.num_features), nn.ReLU())
 
     def init_weights(self) -> None:
-        """PyTorch's own for convolutions and linear layers, as published: larger ones grow with every block that adds its own."""
+        """PyTorch's own for convolutions and linear layers, as published: larger ones grow from block to block."""
         super().init_weights()
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

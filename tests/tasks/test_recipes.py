@@ -123,6 +123,7 @@ def test_augmentation_pipeline(recipe):
     assert type(policy).__name__ == "RandAugment"
     assert policy.num_layers == 2
     assert {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(9, 0.5, 0.5)}
+    assert {(op.hparams["translate_const"], op.hparams["img_mean"]) for op in policy.ops} == {(100, (124, 116, 104))}
     assert "PosterizeIncreasing" in {op.name for op in policy.ops}
     assert len(rest) == 1  # to a tensor; jitter gives way to the policy, as in timm and the published scripts
     assert recipe.settings["data"]["color_jitter"] == (0.3 if recipe.published.repeats == 3 else 0.4)
@@ -131,6 +132,17 @@ def test_augmentation_pipeline(recipe):
     )
     assert isinstance(erasing, RandomErasing)
     assert (erasing.probability, erasing.min_count, erasing.max_count, erasing.per_pixel) == (0.25, 1, 1, True)
+
+
+def test_evaluation_pipeline(recipe):
+    data = recipe.data
+    data.sets, data.splits = {}, {}
+    data.setup("validate")
+    resize, crop, _, normalise = data.sets["val"].transform.transforms
+    assert (resize.size, str(resize.interpolation).rpartition(".")[2].lower()) == (256, "bicubic")  # 224 of 256 is 0.875
+    assert tuple(crop.size) == (224, 224)
+    assert normalise.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert data.hparams.exif is False
 
 
 def test_loss_and_mixing(recipe):

@@ -65,8 +65,9 @@ def child(out: Path, log: Path, given: argparse.Namespace) -> int:
     """Start an attempt in a process of its own; returns its id."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # by both, so that a kill finds the group however late the child comes to it
         return pid
-    os.setsid()
+    os.setpgid(0, 0)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -55,7 +55,10 @@ def route(q: Tensor, k: Tensor, axes: tuple[tuple[int, int], ...], size: tuple[i
         ]
         likeness = region_means(q, axes, (spans[0], spans[1])) @ region_means(k, axes, (spans[0], spans[1])).transpose(1, 2)
         exists = (spans[0][:, None] * spans[1]).flatten() > 0
-        return torch.where(exists, likeness, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+        likeness = torch.where(exists, likeness, -torch.inf)
+        if torch.compiler.is_exporting():  # ONNX sorts, but does not promise the order of equals
+            return likeness.sort(dim=-1, descending=True).indices[..., :topk]
+        return likeness.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
 
 
 def attend_in_regions(qkv: Tensor, n_win: int, topk: int, late: bool) -> Tensor:

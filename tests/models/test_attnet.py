@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitzoo.models.attnet import convolve_each, strip_means
+from vitzoo.layers.attentive import convolve_each, strip_means
 
 
 @pytest.mark.parametrize("size", [(7, 13), (3, 3), (2, 2), (1, 1), (5, 9)])

@@ -1,8 +1,9 @@
 """Building blocks that more than one family uses. Maps are channels-last, ``[B, H, W, C]``, everywhere in here."""
 
 from vitzoo.layers.agent import AgentAttention
-from vitzoo.layers.attention import MixedAttention, PatternAttention, TokenAttention
-from vitzoo.layers.blocks import Block
+from vitzoo.layers.attention import FullAttention, MixedAttention, PatternAttention, TokenAttention
+from vitzoo.layers.attentive import AttentiveConv
+from vitzoo.layers.blocks import Block, PositionedBlock, PostNormBlock
 from vitzoo.layers.conv import BatchNorm, ConvNorm, ConvNormStem, DeepStem, DepthwiseConv, init_by_fan_out, init_truncated
 from vitzoo.layers.deformable import DeformableAttention
 from vitzoo.layers.embed import (
@@ -15,19 +16,22 @@ from vitzoo.layers.embed import (
     SpatialReduction,
 )
 from vitzoo.layers.exchange import exchangeable, refusal, takes_the_place_of, with_our_attention
+from vitzoo.layers.ffnified import FFNifiedAttention, LargeKernel
 from vitzoo.layers.grouped import GroupAttention
 from vitzoo.layers.linear import DepthwiseMlp, Linear, Mlp, linear
 from vitzoo.layers.linear_attention import ChannelAttention, FocusedLinearAttention
 from vitzoo.layers.maps import crop_map, pad_map, resize_positions, resize_table
 from vitzoo.layers.mixers import OnTokens, Slot, build_mixer, list_mixers, register_mixer
+from vitzoo.layers.modulation import ScaleModulation
 from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead, ProjectedHead
 from vitzoo.layers.reduced import ReducedAttention
 from vitzoo.layers.relative import BottleneckAttention, HaloAttention
 from vitzoo.layers.routed import RoutedAttention
-from vitzoo.layers.windows import RelativeTable, WindowAttention
+from vitzoo.layers.windows import QueriedBlock, RelativeTable, WindowAttention
 
 __all__ = [
     "AgentAttention",
+    "AttentiveConv",
     "BatchNorm",
     "Block",
     "BottleneckAttention",
@@ -42,9 +46,12 @@ __all__ = [
     "DeformableAttention",
     "DepthwiseConv",
     "DepthwiseMlp",
+    "FFNifiedAttention",
     "FocusedLinearAttention",
+    "FullAttention",
     "GroupAttention",
     "HaloAttention",
+    "LargeKernel",
     "Linear",
     "MixedAttention",
     "Mlp",
@@ -54,10 +61,14 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatternAttention",
+    "PositionedBlock",
+    "PostNormBlock",
     "ProjectedHead",
+    "QueriedBlock",
     "ReducedAttention",
     "RelativeTable",
     "RoutedAttention",
+    "ScaleModulation",
     "Slot",
     "SpatialReduction",
     "TokenAttention",

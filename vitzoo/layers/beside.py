@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitzoo.layers.blocks import Block
+from vitzoo.layers.conv import ConvNorm
+from vitzoo.layers.maps import resize_positions
 from vitzoo.layers.mixers import OnTokens
+
+torch.fx.wrap("resize_positions")
 
 
 class ClassBlock(Block):
@@ -34,3 +39,30 @@ class ClassNorm(nn.LayerNorm):
         patches, classes = x.chunk(2, dim=-1)
         patches, classes = super().forward(patches), super().forward(classes)
         return patches - patches.mean(dim=(1, 2), keepdim=True) + classes
+
+
+class ConvEmbedding(nn.Module):
+    """3x3 convolutions with batch norm, a ReLU behind each; learned positions; a class token where ``classes``.
+
+    Shape: ``[B, H, W, widths[0]]`` to ``[B, ceil(H / s), ceil(W / s), C]``, with a class token ``2 C``, s the strides' product.
+    """
+
+    def __init__(self, widths: tuple[int, ...], strides: tuple[int, ...], grid: tuple[int, int], classes: bool = False) -> None:
+        super().__init__()
+        layers = zip(widths[:-1], widths[1:], strides, strict=True)
+        self.convs = nn.ModuleList(ConvNorm(a, b, stride=stride, bias=True) for a, b, stride in layers)
+        self.grid_size, self.prefix = grid, int(classes)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, widths[-1])) if classes else None
+        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + grid[0] * grid[1], widths[-1]))
+
+    def init_weights(self) -> None:
+        """Truncated normal 0.02 for positions and class token."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        x = x + resize_positions(self.pos_embed[:, self.prefix :], x, self.grid_size, mode="bilinear")
+        return x if self.cls_token is None else beside(x, self.cls_token + self.pos_embed[:, :1])

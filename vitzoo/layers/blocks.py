@@ -10,6 +10,7 @@ import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
+from vitzoo.layers.conv import DepthwiseConv
 from vitzoo.layers.linear import Mlp
 
 CHUNK_TOKENS = 3200
@@ -117,3 +118,30 @@ class Block(nn.Module):
             out = self.mlp.fc2(hidden)
             part.add_(self.ls2(self.norm2(out) if self.post_norm else out))
         return y
+
+
+class PositionedBlock(Block):
+    """A block behind a depthwise 3x3 convolution with a shortcut, which tells positions (BiFormer)."""
+
+    def __init__(self, dim: int, attn: nn.Module, **kwargs: Any) -> None:
+        super().__init__(dim, attn, **kwargs)
+        self.pos_embed = DepthwiseConv(dim)
+
+    def forward(self, x: Tensor, *grid: int) -> Tensor:
+        return super().forward(x + self.pos_embed(x), *grid)
+
+
+class PostNormBlock(nn.Module):
+    """``norm(y + drop(mlp(y)))`` with ``y = norm(x + drop(attn(x)))``: ``[B, H, W, C]``, unchanged.
+
+    ``drop`` leaves out single elements, with the probability that elsewhere whole paths have; as published (SOFT).
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop: float) -> None:
+        super().__init__()
+        self.attn, self.mlp, self.drop = attn, mlp, nn.Dropout(drop)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.drop(self.attn(x)))
+        return self.norm2(x + self.drop(self.mlp(x)))

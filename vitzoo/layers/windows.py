@@ -98,3 +98,21 @@ class WindowAttention(nn.Module):
 def plain_window(theirs: Any, size: tuple[int, int]) -> WindowAttention:
     """Windows of ``size`` without shift and without a table."""
     return WindowAttention(theirs, window(size))
+
+
+class QueriedBlock(nn.Module):
+    """Attention inside windows, to their own queries or to one for all, then an MLP (GC ViT); ``[B, H, W, C]``, unchanged."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = theirs.norm1, theirs.norm2, theirs.mlp
+        self.ls1, self.ls2, self.drop_path1, self.drop_path2 = theirs.ls1, theirs.ls2, theirs.drop_path1, theirs.drop_path2
+        size, attn = theirs.window_size, theirs.attn
+        self.use_global = attn.use_global
+        self.attn = WindowAttention(attn, window(size), RelativeTable(attn.rel_pos.relative_position_bias_table, size))
+
+    def forward(self, x: Tensor, query: Tensor) -> Tensor:
+        """``query``, ``[B, h, w, C]``, as large as a window."""
+        y = self.attn(self.norm1(x), query if self.use_global else None)
+        x = x + self.drop_path1(self.ls1(y))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

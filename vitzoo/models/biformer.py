@@ -27,6 +27,7 @@ from vitzoo.layers import (
     Linear,
     Mlp,
     NormedPatches,
+    PositionedBlock,
     RoutedAttention,
     Slot,
 )
@@ -91,17 +92,6 @@ class GlobalAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, self.split).unbind(3)
         near = self.lepe(v.flatten(-2) if self.of_v else x)
         return self.proj_drop(self.proj(attend2d(q, k, v, everywhere).flatten(-2) + near))
-
-
-class PositionedBlock(Block):
-    """A block behind a depthwise 3x3 convolution with a shortcut, which tells positions."""
-
-    def __init__(self, dim: int, attn: nn.Module, **kwargs: Any) -> None:
-        super().__init__(dim, attn, **kwargs)
-        self.pos_embed = DepthwiseConv(dim)
-
-    def forward(self, x: Tensor, *grid: int) -> Tensor:
-        return super().forward(x + self.pos_embed(x), *grid)
 
 
 class BiFormer(Pyramid):

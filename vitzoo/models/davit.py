@@ -17,15 +17,14 @@ import torch
 from timm.models import davit as timm_davit
 from torch import Tensor, nn
 
-from vitzoo.layers import linear, takes_the_place_of
+from vitzoo.layers import takes_the_place_of
+from vitzoo.layers.channels import GroupedChannelAttention
 from vitzoo.layers.maps import pad_image
 from vitzoo.layers.windows import plain_window
 from vitzoo.models._adopted import Adopted, AdoptedConfig
 from vitzoo.models._registry import register_family
-from vitzoo.ops import channel_attend
 
-for _name in ("channel_attend", "linear", "over_channels", "pad_image"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("pad_image")
 
 
 @dataclass(frozen=True)
@@ -75,34 +74,9 @@ class ChannelBlock(SpatialBlock):
     def __init__(self, theirs: timm_davit.ChannelBlock) -> None:
         nn.Module.__init__(self)
         self.cpe1, self.norm1, self.drop_path1 = theirs.cpe1, theirs.norm1, theirs.drop_path1
-        self.attn = ChannelAttention(theirs.attn)
+        self.attn = GroupedChannelAttention(theirs.attn, second=isinstance(theirs.attn, timm_davit.ChannelAttentionV2))
         self.cpe2, self.norm2, self.mlp = theirs.cpe2, theirs.norm2, theirs.mlp
         self.drop_path2 = theirs.drop_path2
-
-
-def over_channels(x: Tensor, heads: int, second: bool, scale: float | None) -> Tensor:
-    """Channel attention of packed q, k, v ``[B, H, W, 3 C]``, first or second version; ``scale`` None: by tokens."""
-    q, k, v = x.flatten(1, 2).unflatten(-1, (3, heads, -1)).unbind(2)
-    if not second:
-        q, k, v = k, v, q  # as published, q plays the value's part
-    out = channel_attend(q, k, v, scale=q.shape[1] ** -0.5 if scale is None else scale)
-    return out.reshape(x.shape[0], x.shape[1], x.shape[2], -1)
-
-
-class ChannelAttention(nn.Module):
-    """The channels of a head attend to each other over all tokens of a map ``[B, H, W, C]``; both of timm's versions."""
-
-    def __init__(self, theirs: Any) -> None:
-        super().__init__()
-        second = isinstance(theirs, timm_davit.ChannelAttentionV2)
-        self.num_heads = theirs.groups if second else theirs.num_heads
-        by_tokens = second and theirs.dynamic_scale
-        self.second, self.scale = second, None if by_tokens else (theirs.head_dim**-0.5 if second else theirs.scale)
-        self.qkv, self.proj = theirs.qkv, theirs.proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = over_channels(linear(x, self.qkv.weight, self.qkv.bias), self.num_heads, self.second, self.scale)
-        return linear(out, self.proj.weight, self.proj.bias)
 
 
 @takes_the_place_of(timm_davit.Stem)

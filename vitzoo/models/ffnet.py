@@ -20,12 +20,11 @@ from vitzoo.layers import (
     Block,
     ConvNorm,
     ConvNormStem,
-    DepthwiseConv,
+    FFNifiedAttention,
+    LargeKernel,
     Linear,
     Mlp,
-    Slot,
     init_truncated,
-    register_mixer,
 )
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
@@ -53,41 +52,6 @@ class FFNetConfig(PyramidConfig):
         for name, value in (("token_kernels", self.token_kernels), ("channel_kernels", self.channel_kernels)):
             if len(value) != len(self.depths):
                 raise ValueError(f"{name} {value} names {len(value)} stages, depths {self.depths} {len(self.depths)}.")
-
-
-class LargeKernel(nn.Module):
-    """A depthwise convolution and one of half its kernel beside it, each with batch norm; their sum.
-
-    Shape: ``[B, H, W, dim]`` to ``[B, ceil(H / stride), ceil(W / stride), out_dim]``, ``out_dim`` a multiple of ``dim``.
-    """
-
-    def __init__(self, dim: int, out_dim: int, size: int, stride: int = 1) -> None:
-        super().__init__()
-        self.large = ConvNorm(dim, out_dim, size, stride, groups=dim)
-        self.small = ConvNorm(dim, out_dim, size // 2, stride, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.large(x) + self.small(x)
-
-
-@register_mixer("ffnified")
-class FFNifiedAttention(nn.Module):
-    """``values(gelu(keys(bn(W x))))``, keys and values depthwise convolutions of ``size`` x ``size``; section 3.2.
-
-    Shape: ``[B, H, W, C]``, unchanged.
-    """
-
-    def __init__(self, slot: Slot, *, size: int = 7) -> None:
-        super().__init__()
-        dim = slot.dim
-        self.query = ConvNorm(dim, dim, 1)
-        self.keys = LargeKernel(dim, dim, size) if size > 3 else DepthwiseConv(dim, size)
-        self.act = nn.GELU()
-        self.values = LargeKernel(dim, dim, size) if size > 3 else DepthwiseConv(dim, size)
-        self.proj_drop = nn.Dropout(slot.proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.values(self.act(self.keys(self.query(x)))))
 
 
 class ConvMlp(Mlp):

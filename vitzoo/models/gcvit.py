@@ -23,10 +23,9 @@ from timm.layers import SqueezeExcite
 from timm.models import gcvit as timm_gcvit
 from torch import Tensor, nn
 
-from vitzoo.layers import RelativeTable, WindowAttention, takes_the_place_of
+from vitzoo.layers import QueriedBlock, takes_the_place_of
 from vitzoo.models._adopted import Adopted, AdoptedConfig
 from vitzoo.models._registry import register_family
-from vitzoo.patterns import window
 
 
 @dataclass(frozen=True)
@@ -54,23 +53,7 @@ class GCViTConfig(AdoptedConfig):
         return {**super().arguments(), "img_size": 32 * self.window_size[0]}
 
 
-@takes_the_place_of(timm_gcvit.GlobalContextVitBlock)
-class ContextBlock(nn.Module):
-    """Attention inside windows, to their own queries or to the one for all, then an MLP; ``[B, H, W, C]``, unchanged."""
-
-    def __init__(self, theirs: timm_gcvit.GlobalContextVitBlock) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.mlp = theirs.norm1, theirs.norm2, theirs.mlp
-        self.ls1, self.ls2, self.drop_path1, self.drop_path2 = theirs.ls1, theirs.ls2, theirs.drop_path1, theirs.drop_path2
-        size, attn = theirs.window_size, theirs.attn
-        self.use_global = attn.use_global
-        self.attn = WindowAttention(attn, window(size), RelativeTable(attn.rel_pos.relative_position_bias_table, size))
-
-    def forward(self, x: Tensor, query: Tensor) -> Tensor:
-        """``query``, ``[B, h, w, C]``, as large as a window."""
-        y = self.attn(self.norm1(x), query if self.use_global else None)
-        x = x + self.drop_path1(self.ls1(y))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+takes_the_place_of(timm_gcvit.GlobalContextVitBlock)(QueriedBlock)
 
 
 @takes_the_place_of(timm_gcvit.GlobalContextVitStage)
@@ -177,8 +160,10 @@ PUBLISHED = (
 )
 
 
-def _published(depths: tuple[int, ...], drop_path_rate: float, dim: int = 64, **kwargs: Any) -> GCViTConfig:
+def _published(depths: tuple[int, ...], drop_path_rate: float, dim: int = 64, w: int = 7, **kwargs: Any) -> GCViTConfig:
     return GCViTConfig(
+        window_size=(w, w, 2 * w, w),
+        img_size=32 * w,
         depths=depths,
         num_heads=tuple(dim // 32 * 2**i for i in range(4)),
         embed_dim=dim,
@@ -186,11 +171,6 @@ def _published(depths: tuple[int, ...], drop_path_rate: float, dim: int = 64, **
         layer_scale=None if dim == 64 else 1e-5,
         **kwargs,
     )
-
-
-def _large(drop_path_rate: float, w: int = 7) -> GCViTConfig:
-    sizes = {"window_size": (w, w, 2 * w, w), "img_size": 32 * w}
-    return _published((3, 4, 19, 5), drop_path_rate, 192, mlp_ratio=2.0, **sizes)
 
 
 VARIANTS = {
@@ -204,9 +184,9 @@ VARIANTS = {
     "gcvit_small": _published((3, 4, 19, 5), 0.3, 96, mlp_ratio=2.0),
     "gcvit_small2": _published((3, 4, 23, 5), 0.35, 96),
     "gcvit_base": _published((3, 4, 19, 5), 0.5, 128, mlp_ratio=2.0),
-    "gcvit_large": _large(0.5),
-    "gcvit_large_384": _large(0.1, 12),
-    "gcvit_large_512": _large(0.1, 16),
+    "gcvit_large": _published((3, 4, 19, 5), 0.5, 192, mlp_ratio=2.0),
+    "gcvit_large_384": _published((3, 4, 19, 5), 0.1, 192, 12, mlp_ratio=2.0),
+    "gcvit_large_512": _published((3, 4, 19, 5), 0.1, 192, 16, mlp_ratio=2.0),
 }
 
 register_family(__name__, GCViT, VARIANTS, first_conv="stem.conv1", borrow=True, data={"crop_pct": 0.875})

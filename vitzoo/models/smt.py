@@ -14,28 +14,20 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitzoo.layers import (
     Block,
     ConvDownsample,
     ConvNorm,
-    DepthwiseConv,
     DepthwiseMlp,
-    Linear,
-    MixedAttention,
+    FullAttention,
     PatchEmbed,
-    Slot,
+    ScaleModulation,
     init_by_fan_out,
-    register_mixer,
 )
-from vitzoo.layers.attention import check_heads
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.ops import attend
-
-torch.fx.wrap("attend")
 
 MIXING = ("modulate", "alternate", "attend")
 
@@ -68,56 +60,6 @@ class SMTConfig(PyramidConfig):
             raise ValueError(
                 f"mixing {self.mixing} does not fit {len(self.depths)} stages. Give each one of {', '.join(MIXING)}."
             )
-
-
-@register_mixer("scale_modulation")
-class ScaleModulation(nn.Module):
-    """``proj(v * modulate(mix(scales(s))))``: a token times what its surroundings of several sizes say; section 3.1.
-
-    The i-th of n shares of s goes through a depthwise convolution of 3 + 2i. ``mix`` sees the n shares' same channel at a
-    time, a grouped layer with batch norm and a GELU behind it; ``modulate`` sees all channels.
-
-    Args:
-        slot: the place; its channels divide by ``scales``.
-        scales: shares n.
-        expand: channels behind ``mix`` over the width.
-
-    Shape: ``[B, H, W, C]``, unchanged.
-    """
-
-    def __init__(self, slot: Slot, *, scales: int = 4, expand: int = 2) -> None:
-        super().__init__()
-        dim, share = slot.dim, check_heads(slot.dim, scales)
-        self.v = Linear(dim, dim, bias=slot.qkv_bias)
-        self.s = Linear(dim, dim, bias=slot.qkv_bias)
-        self.scales = nn.ModuleList(DepthwiseConv(share, 3 + 2 * i) for i in range(scales))
-        self.mix = ConvNorm(dim, expand * dim, 1, groups=share, bias=True)
-        self.act = nn.GELU()
-        self.modulate = Linear(expand * dim, dim)
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(slot.proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shares = self.s(x).unflatten(-1, (len(self.scales), -1))
-        seen = torch.stack([conv(shares.select(-2, i)) for i, conv in enumerate(self.scales)], dim=-1)
-        modulator = self.modulate(self.act(self.mix(seen.flatten(-2))))
-        return self.proj_drop(self.proj(modulator * self.v(x)))
-
-
-class LocalAttention(MixedAttention):
-    """Softmax attention among all tokens, and a depthwise 3x3 convolution of v, ``get_v``.
-
-    Shape: ``[B, H, W, C]``, unchanged.
-    """
-
-    def __init__(self, slot: Slot) -> None:
-        bias, drop = slot.qkv_bias, slot.proj_drop
-        super().__init__(slot.dim, slot.num_heads, packed=False, lepe=True, qkv_bias=bias, proj_drop=drop)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (self.num_heads, self.head_dim)
-        out = attend(*(t.flatten(1, 2).unflatten(-1, heads) for t in (q, k, v)))
-        return out.reshape(q.shape)
 
 
 class Stem(nn.Module):
@@ -164,7 +106,8 @@ class SMT(Pyramid):
         """The modulation or the attention of block ``j`` of stage ``i``."""
         cfg, mixing = self.cfg, self.cfg.mixing[i]
         if mixing == "attend" or (mixing == "alternate" and j % 2):
-            return LocalAttention(self.slot(i, j))
+            drop = cfg.proj_drop_rate
+            return FullAttention(cfg.dims[i], cfg.num_heads[i], packed=False, lepe=True, qkv_bias=cfg.qkv_bias, proj_drop=drop)
         return ScaleModulation(self.slot(i, j), scales=cfg.scales, expand=cfg.expand)
 
     def make_stage_norm(self, i: int) -> nn.Module:

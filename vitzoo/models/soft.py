@@ -20,19 +20,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitzoo.layers import ConvNorm, Mlp, OnTokens, Slot, resize_positions
-from vitzoo.layers.attention import FullAttention
-from vitzoo.layers.beside import ClassBlock, ClassNorm, beside
+from vitzoo.layers import FullAttention, Mlp, OnTokens, PostNormBlock, Slot
+from vitzoo.layers.beside import ClassBlock, ClassNorm, ConvEmbedding
 from vitzoo.layers.softmax_free import SoftmaxFreeAttention
 from vitzoo.models._contract import pair
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-
-torch.fx.wrap("resize_positions")
 
 
 @dataclass(frozen=True)
@@ -70,51 +65,8 @@ class SOFTConfig(PyramidConfig):
             )
 
 
-class PostNormBlock(nn.Module):
-    """``norm(y + drop(mlp(y)))`` with ``y = norm(x + drop(attn(x)))``: ``[B, H, W, C]``, unchanged.
-
-    ``drop`` leaves out single elements, with the probability that elsewhere whole paths have; as published.
-    """
-
-    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop: float) -> None:
-        super().__init__()
-        self.attn, self.mlp, self.drop = attn, mlp, nn.Dropout(drop)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x + self.drop(self.attn(x)))
-        return self.norm2(x + self.drop(self.mlp(x)))
-
-
-class Embedding(nn.Module):
-    """3x3 convolutions with batch norm, a ReLU behind each; learned positions; a class token where ``classes``.
-
-    Shape: ``[B, H, W, widths[0]]`` to ``[B, ceil(H / s), ceil(W / s), C]``, with a class token ``2 C``, s the strides' product.
-    """
-
-    def __init__(self, widths: tuple[int, ...], strides: tuple[int, ...], grid: tuple[int, int], classes: bool = False) -> None:
-        super().__init__()
-        layers = zip(widths[:-1], widths[1:], strides, strict=True)
-        self.convs = nn.ModuleList(ConvNorm(a, b, stride=stride, bias=True) for a, b, stride in layers)
-        self.grid_size, self.prefix = grid, int(classes)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, widths[-1])) if classes else None
-        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + grid[0] * grid[1], widths[-1]))
-
-    def init_weights(self) -> None:
-        """Truncated normal 0.02 for positions and class token."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        x = x + resize_positions(self.pos_embed[:, self.prefix :], x, self.grid_size, mode="bilinear")
-        return x if self.cls_token is None else beside(x, self.cls_token + self.pos_embed[:, :1])
-
-
-class Stem(Embedding):
-    """The same from an image ``[B, in_chans, H, W]``."""
+class Stem(ConvEmbedding):
+    """``ConvEmbedding`` from an image ``[B, in_chans, H, W]``."""
 
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image.permute(0, 2, 3, 1))
@@ -137,7 +89,7 @@ class SOFT(Pyramid):
         return Stem((cfg.in_chans, cfg.stem_dim, cfg.stem_dim, cfg.dims[0]), (2, 1, 2), self.grid(0))
 
     def make_downsample(self, i: int) -> nn.Module:
-        return Embedding((self.cfg.dims[i - 1], self.cfg.dims[i]), (2,), self.grid(i), i == len(self.cfg.depths) - 1)
+        return ConvEmbedding((self.cfg.dims[i - 1], self.cfg.dims[i]), (2,), self.grid(i), i == len(self.cfg.depths) - 1)
 
     def slot(self, i: int, j: int) -> Slot:
         return replace(super().slot(i, j), prefix_tokens=int(i == len(self.cfg.depths) - 1), packed=False)

@@ -30,7 +30,7 @@ from vitzoo.layers import (
     ConvDownsample,
     ConvNorm,
     DepthwiseMlp,
-    MixedAttention,
+    FullAttention,
     Mlp,
     Slot,
     init_by_fan_out,
@@ -40,10 +40,8 @@ from vitzoo.layers.mixers import choose_mixer
 from vitzoo.models._plain import Plain, PlainConfig
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
-from vitzoo.ops import attend
 
-for _name in ("attend", "filter_map"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("filter_map")
 
 
 def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -180,14 +178,6 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = F.relu(self.conv1(image.permute(0, 2, 3, 1)))
         return self.proj(F.relu(self.conv3(F.relu(self.conv2(x)))))
-
-
-class FullAttention(MixedAttention):
-    """Softmax attention among all tokens of the map."""
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (self.num_heads, self.head_dim)
-        return attend(*(t.flatten(1, 2).unflatten(-1, heads) for t in (q, k, v))).reshape(q.shape)
 
 
 class TokenLabelHead(ClassAttentionHead):

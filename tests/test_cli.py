@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,9 @@ def digit(tmp_path_factory) -> Path:
 
 def test_list_help_and_completion_import_no_torch():
     code = """
-import sys
+import sys, time
 from vitzoo_cli import main, parser_of, COMMANDS
+assert main(["list"]) == 0 and time.process_time() < 2
 assert main(["list", "nat*"]) == 0 and main(["completion", "bash"]) == 0 and main(["--help"]) == 0
 [parser_of(name).format_help() for name in COMMANDS]
 foreign = {"torch", "timm", "vitzoo", "numpy"} & set(sys.modules)
@@ -195,6 +197,42 @@ def test_a_shipped_weight_reads_a_digit_offline(capsys, digit):
     assert first[0].split()[2] == "2"
     rows = json.loads(run(capsys, "predict", str(digit), "--model", "nat_micro.digits", "--top", "1", "--json"))
     assert rows[0]["classes"][0]["name"] == "2"
+
+
+def test_a_photograph_is_classified_with_a_shipped_weight_and_no_network(tmp_path):
+    photograph = Image.effect_noise((413, 275), 60).convert("RGB")
+    photograph.save(tmp_path / "photo.jpg")
+    code = """
+import socket, sys
+def refuse(*a, **k):
+    raise AssertionError("reached for the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from vitzoo_cli import main
+sys.exit(main(["predict", "photo.jpg", "--model", "nat_micro.digits", "--top", "3", "--json"]))
+"""
+    empty = {**os.environ, "TORCH_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=empty, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)[0]["classes"]) == 3
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_file_that_is_not_these_weights_is_refused_in_a_sentence(capsys, tmp_path):
+    shipped = ROOT / "weights" / "nat_micro.digits.safetensors"
+    out = str(tmp_path / "out.safetensors")
+    cut, page = tmp_path / "cut.safetensors", tmp_path / "page.pth"
+    cut.write_bytes(shipped.read_bytes()[:-1000])
+    page.write_text("<html>Quota exceeded</html>")
+    torch.save({"model": {}, "args": torch.nn.Identity()}, tmp_path / "object.pth")
+    for name, file, said in (
+        ("swin_micro", shipped, "does not fit Swin"),
+        ("nat_micro", cut, "cannot be read as safetensors"),
+        ("nat_micro", page, "page.pth"),
+        ("nat_micro", tmp_path / "object.pth", "could run code"),
+        ("nat_micro", tmp_path / "nowhere.pth", "There is no checkpoint at"),
+    ):
+        assert said in fail(capsys, "convert", name, str(file), "--out", out)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 SHIPPED = [row for name in vitzoo.list_models("*_micro") for row in checkpoints_of(name).values() if row.file]

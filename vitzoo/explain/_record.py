@@ -120,7 +120,7 @@ def recording(model: nn.Module, in_graph: bool = False) -> Iterator[list[Record]
         in_graph: compute the weights in the op's place and keep them, for gradients with respect to them.
 
     Yields:
-        The list of records, in the order in which the calls run.
+        list[Record]: filled in the order in which the calls run.
     """
     records: list[Record] = []
     running: list[tuple[str, tuple]] = []

@@ -29,6 +29,12 @@ def default_layer(model: nn.Module) -> str:
 
     Behind the last attention of a class-token model only that token has a gradient, so it is looked at in front of it.
 
+    Args:
+        model: any classifier.
+
+    Returns:
+        The path of the module.
+
     Raises:
         ValueError: the model has neither.
     """

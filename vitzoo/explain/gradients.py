@@ -61,7 +61,14 @@ def through_cross(queries: Tensor, keys: Tensor, crossed: Tensor, cam: Tensor) -
 
 
 def target_of(logits: Tensor, target: int | Tensor | None) -> Tensor:
-    """A class for each image, ``[B]``: the one given, or the likeliest.
+    """A class for each image: the one given, or the likeliest.
+
+    Args:
+        logits: ``[B, classes]``.
+        target: a class for all, ``[B]`` classes, or None.
+
+    Returns:
+        ``[B]`` classes.
 
     Raises:
         ValueError: a class that the model does not have, or another number of classes than images.

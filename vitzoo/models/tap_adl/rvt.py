@@ -58,8 +58,10 @@ class FactorAttention(DiverseAttention):
     Section 3.2, "position-aware attention scaling". Args as those of ``DiverseAttention``, and:
 
     Args:
+        *args: of the attention that it derives from.
         grid: rows and columns of the map that the numbers are learned at.
         corner: see ``RVTConfig``.
+        **kwargs: likewise.
     """
 
     def __init__(self, *args: Any, grid: tuple[int, int], corner: bool, **kwargs: Any) -> None:

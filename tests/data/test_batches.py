@@ -62,8 +62,8 @@ def test_seeds_depend_on_every_part_and_not_on_the_process():
 
 def test_reseed_reaches_all_three_generators():
     drawn = []
-    for _ in range(2):
-        reseed(mix(7))
+    for devices in (False, True):  # the same numbers on the CPU, whoever is seeded beside it
+        reseed(mix(7), devices=devices)
         drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
     assert drawn[0] == drawn[1]
 

@@ -22,11 +22,20 @@ def mix(*parts: int | str) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def reseed(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (timm's transforms and mixup draw from the first two)."""
+def reseed(seed: int, *, devices: bool = False) -> None:
+    """Seed Python's, NumPy's and torch's global generators (timm's transforms and mixup draw from the first two).
+
+    Args:
+        seed: Of all of them.
+        devices: Those of GPUs too. ``torch.manual_seed`` always does it and formats a stack trace for each kind of device that
+            is not in use, some tenths of a millisecond a picture.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 Item = tuple[int, int, int | None]  # index, seed, size

@@ -118,7 +118,8 @@ class Task(LightningModule):
         """Seed dropout, drop path and mixup by the step, so that a resumed run draws what it would have drawn."""
         data = getattr(self.trainer, "datamodule", None)
         seed = data.hparams.seed if data is not None else 0
-        reseed(mix(seed, "step", self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx))
+        step = mix(seed, "step", self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        reseed(step, devices=self.device.type != "cpu")
 
     def update_batch(self) -> int:
         """Pictures that an optimiser's update sees, over all devices."""

@@ -1,4 +1,4 @@
-"""The two normalisations that implementations share."""
+"""The two normalisations that implementations share, and the layout that exported graphs need."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def safe_logsumexp(scores: Tensor) -> Tensor:
 def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     """exp(scores - lse), zero where lse is -inf."""
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+
+
+def settled(out: Tensor) -> Tensor:
+    """``out`` in a memory layout of its own where a graph is exported: a view behind PyTorch's fused attention holds for the
+    strides that it happens to return, and ONNX writes the products out, which return others.
+    """
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out

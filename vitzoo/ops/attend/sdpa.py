@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo.ops._softmax import probabilities, safe_logsumexp
+from vitzoo.ops._softmax import probabilities, safe_logsumexp, settled
 from vitzoo.ops.attend.point_bias import PointBias
 
 
@@ -29,8 +29,7 @@ def run(call) -> tuple[Tensor, Tensor | None]:
         return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
     mask = bias if bias is None else bias.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).transpose(1, 2)
-    # a view behind it holds for the fused kernel's strides only, and ONNX writes the products out
-    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out, None
+    return settled(out), None
 
 
 def _total_bias(call) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitzoo.ops._softmax import settled
 from vitzoo.patterns import Pattern, Span, everywhere
 
 
@@ -48,7 +49,7 @@ def attend2d(
         query, key, value = gather(q, rows, cols, "query"), gather(k, rows, cols, "key"), gather(v, rows, cols, "key")
     out, lse = _softmax(query, key, value, mask, scale, return_lse)
     if pattern == everywhere:
-        out = out.transpose(1, 2).reshape(B, H, W, N, D)
+        out = settled(out.transpose(1, 2)).reshape(B, H, W, N, D)
         return out, None if lse is None else lse.transpose(1, 2).reshape(B, H, W, N)
     return gather_back(out, rows, cols, N), None if lse is None else gather_back(lse[..., None], rows, cols, N)[..., 0]
 

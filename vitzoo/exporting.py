@@ -150,8 +150,13 @@ def _captured(model: nn.Module, size: tuple[int, int], batch: int, dynamic: str)
         height, width = max(height, 270), max(width, 350)
         width += 32 * (height == width)
     example = torch.zeros(batch, getattr(model, "in_chans", 3), height, width)
+    options: dict[str, Any] = {"dynamic_shapes": (shapes or None,), "strict": False}
     with torch.no_grad(), _quiet():
-        return torch.export.export(model, (example,), dynamic_shapes=(shapes or None,), strict=False)
+        try:
+            return torch.export.export(model, (example,), **options)
+        except torch._dynamo.exc.UserError:
+            # a guard that all sizes meet, and that the solver cannot prove (RVT): asked of each image when it runs
+            return torch.export.export(model, (example,), **options, prefer_deferred_runtime_asserts_over_guards=True)
 
 
 def _checked(

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from tests.golden.families.ops import run_module
 from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge
-from vitzoo.layers import Slot
-from vitzoo.layers import AttentiveConv
+from vitzoo.layers import AttentiveConv, Slot
 
 
 class ChannelsFirst(AttentiveConv):

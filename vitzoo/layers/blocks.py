@@ -18,6 +18,11 @@ CHUNK_TOKENS = 3200
 page-faulted anew at every call, which costs more than the GELU that writes it."""
 
 
+def _joined(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y`` with the strides of ``y``, as in place; of ``x`` in an exported graph, where those of ``y`` ask for sizes."""
+    return x + y if torch.compiler.is_exporting() else y + x
+
+
 class Block(nn.Module):
     """``x + drop_path(scale(mixer(norm(x))))``, then the same with an MLP; or with the norm behind (Swin V2).
 
@@ -66,11 +71,10 @@ class Block(nn.Module):
         """The block on ``x``; ``grid``, rows and columns, is for a mixer that sees a map in the tokens."""
         if self._may_work_in_place(x):
             return self._forward_in_place(x, *grid)
-        # the mixer's output comes first in the sums: its strides, here as in place, become those of the residual stream
         if self.post_norm:
-            x = self.drop_path1(self.ls1(self.norm1(self.attn(x, *grid)))) + x
+            x = _joined(x, self.drop_path1(self.ls1(self.norm1(self.attn(x, *grid)))))
             return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
-        x = self.drop_path1(self.ls1(self.attn(self.norm1(x), *grid))) + x
+        x = _joined(x, self.drop_path1(self.ls1(self.attn(self.norm1(x), *grid))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _may_work_in_place(self, x: Tensor) -> bool:
@@ -98,7 +102,7 @@ class Block(nn.Module):
         """The first half's residual alone: ``x`` and the mixer's output ``y``, the caller's own, which may be written to."""
         if self._may_work_in_place(x):
             return self._join_in_place(x, y)
-        return self.drop_path1(self.ls1(self.norm1(y) if self.post_norm else y)) + x
+        return _joined(x, self.drop_path1(self.ls1(self.norm1(y) if self.post_norm else y)))
 
     def _join_in_place(self, x: Tensor, y: Tensor) -> Tensor:
         return self.ls1(self.norm1(y) if self.post_norm else y).add_(x)

@@ -1,6 +1,7 @@
 """Train, evaluate and apply a model of the zoo. With no arguments: the quick start, about a minute on two cores.
 
     python train.py                                                              # handwritten digits, nothing to download
+    python train.py --model.name swin_micro                                      # the same with another model
     python train.py fit --config configs/finetune/folder.yaml --data.root DIR    # your own pictures
     python train.py fit --config configs/imagenet/nat_tiny.yaml --data.root DIR
     python train.py fit --config configs/detection/quickstart.yaml               # boxes around rendered shapes
@@ -22,8 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def main() -> None:
     """Hand over to Lightning; an error that is the user's to mend is one sentence and exit status 1."""
-    if len(sys.argv) == 1:
-        sys.argv += ["fit", "--config", str(Path(__file__).parent / "configs/quickstart.yaml")]
+    if len(sys.argv) == 1 or sys.argv[1].startswith(("--model.", "--data.", "--trainer.", "--out")):
+        sys.argv[1:1] = ["fit", "--config", str(Path(__file__).parent / "configs/quickstart.yaml")]
     from vitzoo.tasks.cli import Command, quiet
     from vitzoo.tasks.faults import in_words
 

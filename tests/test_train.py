@@ -385,6 +385,14 @@ def test_the_papers_rate_is_scaled_as_the_config_says(train, pictures, tmp_path)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("given", [[], ["--model.name", "swin_micro"], ["--out", "elsewhere"]], ids=["nothing", "model", "out"])
+def test_options_alone_change_the_quick_start(train, monkeypatch, given):
+    from vitzoo.tasks import cli
+
+    monkeypatch.setattr(cli, "Command", lambda: print(*sys.argv[1:]))
+    assert train(*given).split() == ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *given]
+
+
 def test_train_py_is_short():
     assert len((ROOT / "train.py").read_text().splitlines()) < 60
 

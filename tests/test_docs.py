@@ -1,4 +1,4 @@
-"""What README and documentation say to type: examples and commands that are not marked run, and the site builds without a warning."""
+"""What README and documentation say to type runs, unless marked; and the site builds without a warning."""
 
 from __future__ import annotations
 

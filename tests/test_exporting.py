@@ -50,6 +50,17 @@ def test_what_cannot_be_exported_is_said(vit, tmp_path):
         exporting.to_onnx(vit, tmp_path / "vit.onnx", (64, 96), batch=1)
 
 
+def test_a_graph_that_pytorch_cannot_capture_is_said_in_a_sentence(tmp_path):
+    class Chooses(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r'^Chooses does not export with dynamic="all": .*"batch", or "none"') as refused:
+        exporting.to_program(Chooses(), tmp_path / "chooses.pt2", (64, 96))
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_listed_model_is_onnx_at_two_sizes(request, tmp_path):
     """Here one of a single block; those of --models as they are."""
     patterns = request.config.getoption("--models")

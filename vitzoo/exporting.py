@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim
 
 __all__ = ["Check", "sizes_to_check", "to_onnx", "to_program"]
@@ -76,7 +77,8 @@ def to_program(
         What was compared.
 
     Raises:
-        ValueError: the file differs from eager by more than ``tolerance``; it is not written.
+        ValueError: PyTorch cannot capture the model with these sizes dynamic, or the file differs from eager by more than
+            ``tolerance``. It is not written.
     """
     path = Path(path)
     program = _captured(model, size, batch, dynamic)
@@ -112,7 +114,8 @@ def to_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: the file differs from eager by more than ``tolerance``; it is not written.
+        ValueError: PyTorch cannot capture the model with these sizes dynamic, or the file differs from eager by more than
+            ``tolerance``. It is not written.
     """
     try:
         import onnx  # noqa: F401
@@ -154,9 +157,16 @@ def _captured(model: nn.Module, size: tuple[int, int], batch: int, dynamic: str)
     with torch.no_grad(), _quiet():
         try:
             return torch.export.export(model, (example,), **options)
-        except torch._dynamo.exc.UserError:
-            # a guard that all sizes meet, and that the solver cannot prove (RVT): asked of each image when it runs
+        except (UserError, RuntimeError):
+            pass  # a guard that all sizes meet, and that the solver cannot prove (RVT): asked of each image when it runs
+        try:
             return torch.export.export(model, (example,), **options, prefer_deferred_runtime_asserts_over_guards=True)
+        except (UserError, RuntimeError) as error:  # the latter: values of the image decide
+            said = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f'{type(model).__name__} does not export with dynamic="{dynamic}": {said} '
+                'Give sizes that stay as they are (dynamic="batch", or "none").'
+            ) from error
 
 
 def _checked(

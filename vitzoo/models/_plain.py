@@ -208,6 +208,11 @@ class Plain(Backbone):
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
+        return self.finish(x, grid)
+
+    def finish(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the last block put out, as ``forward_features`` returns it; ``grid`` is its rows and columns of patches."""
+        del grid
         return self.norm(x)
 
     def takes_grid(self, i: int) -> bool:
@@ -254,7 +259,7 @@ class Plain(Backbone):
             intermediates_only: return the list alone.
 
         Returns:
-            The outputs, or ``(normed tokens, outputs)``.
+            The outputs, or ``(what forward_features returns, outputs)``.
 
         Raises:
             ValueError: another ``output_fmt``.
@@ -273,7 +278,7 @@ class Plain(Backbone):
                 if output_fmt == "NCHW":
                     y = y.reshape(y.shape[0], height, width, self.embed_dim).permute(0, 3, 1, 2).contiguous()
                 outputs.append((y, prefix) if return_prefix_tokens and self.num_prefix_tokens else y)
-        return outputs if intermediates_only else (self.norm(x), outputs)
+        return outputs if intermediates_only else (self.finish(x, (height, width)), outputs)
 
     @classmethod
     def from_published(cls, state: dict[str, Tensor], cfg: PlainConfig) -> dict[str, Tensor]:

@@ -107,6 +107,11 @@ class SpectFormerConfig(PlainConfig):
     fc_norm: bool | None = False
     alpha: int = 4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix_tokens:
+            raise ValueError(f"SpectFormer filters maps, which hold no prefix tokens; {self.prefix_tokens} were asked for.")
+
 
 class SpectralBlock(nn.Module):
     """``x + drop_path(mlp(norm(filter(norm(x)))))`` on tokens ``[B, H * W, C]``: one residual around both."""
@@ -125,11 +130,17 @@ class SpectralBlock(nn.Module):
 
 
 class SpectFormer(Plain):
-    """Vanilla SpectFormer on the plain trunk."""
+    """Vanilla SpectFormer on the plain trunk. Every token is one of the map's, so ``forward_features`` returns it as NCHW."""
 
     Config = SpectFormerConfig
 
     cfg: SpectFormerConfig
+
+    def finish(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return super().finish(x, grid).mT.unflatten(2, grid)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3)) if self.global_pool == "avg" else x
 
     def takes_grid(self, i: int) -> bool:
         return i < self.cfg.alpha or super().takes_grid(i)

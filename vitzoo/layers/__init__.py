@@ -27,6 +27,7 @@ from vitzoo.layers.pooling import ClassAttention, ClassAttentionHead, ProjectedH
 from vitzoo.layers.reduced import ReducedAttention
 from vitzoo.layers.relative import BottleneckAttention, HaloAttention
 from vitzoo.layers.routed import RoutedAttention
+from vitzoo.layers.slide import SlideAttention
 from vitzoo.layers.windows import QueriedBlock, RelativeTable, WindowAttention
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "RelativeTable",
     "RoutedAttention",
     "ScaleModulation",
+    "SlideAttention",
     "Slot",
     "SpatialReduction",
     "TokenAttention",

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -37,16 +36,15 @@ from vitzoo.layers import (
     PatchEmbed,
     PatternAttention,
     ReducedAttention,
+    SlideAttention,
     pad_map,
 )
-from vitzoo.layers.attention import check_heads
 from vitzoo.models._contract import pair
 from vitzoo.models._pyramid import Pyramid, PyramidConfig
 from vitzoo.models._registry import register_family
 from vitzoo.patterns import neighborhood, window
 
-for _name in ("pad_map", "slide_weight"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("pad_map")
 
 KINDS = {
     "L": "windows",
@@ -170,49 +168,6 @@ class PatchDownsample(nn.Module):
         return self.norm(self.reduction(pad_map(x, (2, 2)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-# -- mixers of the unpublished kinds --------------------------------------------------------------------------------
-
-
-def slide_weight(learned: Tensor, copies: int) -> Tensor:
-    """Kernels of the nine shifts by one token plus the learned ones ``[9 c, 1, 3, 3]``, ``copies`` times over."""
-    shifts = torch.eye(9, device=learned.device, dtype=learned.dtype).view(9, 1, 3, 3)
-    return (learned + shifts.repeat(learned.shape[0] // 9, 1, 1, 1)).repeat(copies, 1, 1, 1)
-
-
-class SlideAttention(nn.Module):
-    """Attention of every token to nine shifts of the map, each a learned 3x3 convolution that begins as a shift (E).
-
-    Pan et al. 2023, arXiv:2304.04237, in a quarter of the width, as DAT++ has it. Zeros beyond the border are keys too.
-
-    Shape: ``[B, H, W, C]``, unchanged.
-    """
-
-    NO_DECAY = ("k_table",)
-
-    def __init__(self, dim: int, num_heads: int, proj_drop: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads, self.width = num_heads, check_heads(dim // 4, num_heads)
-        self.scale = check_heads(dim, num_heads) ** -0.5  # of the full width, as published
-        self.qkv = Linear(dim, 3 * num_heads * self.width)
-        self.shift = nn.Conv2d(self.width, 9 * self.width, 3, padding=1, groups=self.width)
-        self.k_table = nn.Parameter(torch.empty(num_heads, 9))
-        nn.init.trunc_normal_(self.k_table, std=0.01)
-        self.proj = Linear(num_heads * self.width, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, kv = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.width)).split((1, 2), dim=-2)
-        kv = kv.flatten(-3).permute(0, 3, 1, 2)  # one convolution for k and v of all heads
-        copies = 2 * self.num_heads
-        weight = slide_weight(self.shift.weight, copies)
-        bias = self.shift.bias.repeat(copies)  # type: ignore[union-attr]  # a convolution with bias
-        shifted = F.conv2d(kv, weight, bias, padding=1, groups=copies * self.width).permute(0, 2, 3, 1)
-        k, v = shifted.unflatten(-1, (self.num_heads, 2, self.width, 9)).unbind(-3)
-        scores = (q.transpose(-1, -2) * (k + self.k_table[:, None])).sum(-2) * self.scale
-        out = (scores.softmax(-1)[..., None, :] * v).sum(-1)
-        return self.proj_drop(self.proj(out.flatten(-2)))
-
-
 # -- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +250,7 @@ class DAT(Pyramid):
         if kind == "P":
             return ReducedAttention(dim, heads, cfg.at("sr_ratios", i), proj_drop=drop)
         if kind == "E":
-            return SlideAttention(dim, heads, drop)
+            return SlideAttention(self.slot(i, j))
         if kind == "N":
             size = cfg.at("kernel_size", i)
             return PatternAttention(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitzoo import models
 from vitzoo.models import ModelInfo, accelerate, list_families, list_mixers, list_models, model_info
-from vitzoo.models._registry import checkpoints_of, list_pretrained
+from vitzoo.models._catalogue import list_pretrained
+from vitzoo.models._registry import checkpoints_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,13 +29,8 @@ from vitzoo.models import (
     vit,
 )
 from vitzoo.models._accelerate import accelerate
-from vitzoo.models._registry import (
-    ModelInfo,
-    create_model,
-    list_families,
-    list_models,
-    model_info,
-)
+from vitzoo.models._catalogue import ModelInfo, list_families, list_models, model_info
+from vitzoo.models._registry import create_model
 
 # isort: split
 from vitzoo.models import agent, flatten  # made of the hosts above

@@ -52,7 +52,7 @@ def test_an_unreadable_picture_counts_as_wrong_whatever_the_model_says():
     images, labels = batch()
     with torch.no_grad():
         said = module(images).argmax(-1)
-        module._evaluate((images, torch.cat([said[:2], -1 - said[2:]])))
+        module.count_batch((images, torch.cat([said[:2], -1 - said[2:]])))
     assert module.figures.accuracy.compute()["top1"] == 0.5
     assert module.figures.confusion.compute().sum() == 4
     assert module.figures.confusion.compute().diagonal().sum() == 2

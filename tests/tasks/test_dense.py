@@ -129,7 +129,7 @@ def test_miou_is_torchmetrics_jaccard_index_over_the_data_set():
         image, labels = torch.randn(3, *size), torch.randint(0, 3, size)
         labels[:5] = IGNORE
         with torch.no_grad():
-            task._evaluate(([image], [labels]))
+            task.count_batch(([image], [labels]))
             judge.update(task.model(image[None]).argmax(1), labels[None])
     assert float(scores(task.confusion.compute())["miou"]) == pytest.approx(float(judge.compute()), abs=1e-6)
     assert task.evaluated() == 2
@@ -201,7 +201,7 @@ def test_evaluating_pictures_without_objects_or_annotations(kind):
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 0}
     nothing |= {"masks": torch.zeros(0, 64, 80, dtype=torch.bool), "iscrowd": torch.zeros(0), "area": torch.zeros(0)}
     with torch.no_grad():
-        task._evaluate(([torch.rand(3, 64, 80)], [nothing]))
+        task.count_batch(([torch.rand(3, 64, 80)], [nothing]))
     assert float(task.metric.compute()["bbox_map" if kind == "maskrcnn" else "map"]) == -1  # COCO's "nothing to find"
 
 

@@ -47,6 +47,18 @@ class Task(LightningModule):
         """What is trained, in a few words."""
         raise NotImplementedError
 
+    def start_counting(self) -> None:
+        """Reset the metrics before an evaluation."""
+        raise NotImplementedError
+
+    def count_batch(self, batch: Any) -> None:
+        """Put a batch of held-out pictures into the metrics."""
+        raise NotImplementedError
+
+    def computed(self) -> dict[str, Tensor]:
+        """What the metrics say, by the names in ``FIGURES``; every process takes part."""
+        raise NotImplementedError
+
     def evaluated(self) -> int:
         """Pictures of the last evaluation; every process takes part."""
         raise NotImplementedError
@@ -113,6 +125,33 @@ class Task(LightningModule):
         from vitzoo.tasks.faults import not_finite
 
         raise UserError(not_finite(self, mine))
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from zero."""
+        self.start_counting()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count a batch."""
+        self.count_batch(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures as ``val/...``; the metrics reduce over processes themselves."""
+        self._log_counted("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Count from zero."""
+        self.start_counting()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Count a batch."""
+        self.count_batch(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures as ``test/...``."""
+        self._log_counted("test")
+
+    def _log_counted(self, stage: str) -> None:
+        self.log_dict({f"{stage}/{key}": value.float() for key, value in self.computed().items()}, sync_dist=False)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, drop path and mixup by the step, so that a resumed run draws what it would have drawn."""

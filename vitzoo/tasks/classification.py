@@ -233,43 +233,22 @@ class Classification(Task):
             config = self.trainer.datamodule.data_config()
             self.teacher.to(self.device, config["mean"], config["std"])
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+    def start_counting(self) -> None:
+        """Forget the evaluation before."""
+        self.figures.reset()
+        self._met = 0
+
+    def count_batch(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Logits of a batch, with the number of each picture in the set."""
         images, labels = batch
         world = self.trainer.world_size if self._trainer is not None else 1
         numbers = self.global_rank + world * (self._met + torch.arange(len(labels)))  # as StepData serves them
         self._met += len(labels)
         self.figures.update(self(images), labels, numbers)
 
-    def _start(self) -> None:
-        self.figures.reset()
-        self._met = 0
-
-    def _finish(self, stage: str) -> None:
-        self.log_dict({f"{stage}/{key}": value for key, value in self.figures.compute().items()}, sync_dist=False)
-
-    def on_validation_epoch_start(self) -> None:
-        """Count from zero."""
-        self._start()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/top1, val/top5, val/loss and val/ece, reduced over processes by the metrics themselves."""
-        self._finish("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Count from zero."""
-        self._start()
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/top1, test/top5, test/loss and test/ece."""
-        self._finish("test")
+    def computed(self) -> dict[str, Tensor]:
+        """top1, top5, loss and ece."""
+        return self.figures.compute()
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Picture number (-1 - number where unreadable), most probable class and its probability, each ``[B]``."""

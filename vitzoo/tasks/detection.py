@@ -10,23 +10,18 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
-from torch.optim import Optimizer
-from torchmetrics import SumMetric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import batched_nms, box_iou
 
 from vitzoo.data.errors import UserError
-from vitzoo.heads import detector
-from vitzoo.tasks.base import Task
-from vitzoo.tasks.draw import Surest, draw_boxes, sheet
+from vitzoo.heads import Maps, detector
+from vitzoo.tasks.dense import SHOWN, DenseTask
+from vitzoo.tasks.draw import draw_boxes
 from vitzoo.tasks.figures import write_rows
-from vitzoo.tasks.optim import build_optimizer, dense_groups
 from vitzoo.tasks.predictions import FoundObjects
-from vitzoo.tasks.report import draw_dense, draw_pairs
+from vitzoo.tasks.report import draw_pairs
 
 __all__ = ["Detection", "mean_average_precision"]
-
-SHOWN = 12  # held-out pictures in the picture of a run
 
 
 def mean_average_precision(masks: bool, backend: Any = "pycocotools") -> MeanAveragePrecision:
@@ -37,7 +32,7 @@ def mean_average_precision(masks: bool, backend: Any = "pycocotools") -> MeanAve
         raise UserError(f"COCO's figures need {backend}: pip install 'vitzoo[dense]' ({error}).") from error
 
 
-class Detection(Task):
+class Detection(DenseTask):
     """Train and evaluate a detector.
 
     Args:
@@ -125,7 +120,6 @@ class Detection(Task):
         super().__init__()
         self.save_hyperparameters()
         self.check_recipe()
-        extra_kwargs = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         try:
             self.model: Any = detector(
                 kind,
@@ -141,38 +135,20 @@ class Detection(Task):
                 max_size=max_size,
                 checkpoint_stages=checkpoint_stages,
                 frozen=frozen,
-                backbone_kwargs=extra_kwargs,
+                backbone_kwargs=self.backbone_args(),
                 **detector_kwargs,
             )
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"model.kind {kind!r} on {backbone!r}: {error}") from error
         self.masks = kind.lower().replace("_", "").replace("-", "") == "maskrcnn"
         self.metric = mean_average_precision(self.masks, backend)
-        self.count = SumMetric()
-        self.shown: list[tuple[Image.Image, Image.Image]] = []
-        self.surest = Surest()
+        self.counted(self.metric)
 
     @property
-    def title(self) -> str:
-        """Detector and backbone."""
-        return f"{self.hparams.kind} on {self.hparams.backbone}"
-
-    def setup(self, stage: str) -> None:
-        """Say what was done to the backbone's maps."""
-        if stage == "fit" and self.global_rank == 0:
-            from vitzoo.tasks.progress import say
-
-            for note in self.model.backbone.maps.notes:
-                say(f"{self.hparams.backbone}: {note}")
-
-    def make_optimizer(self, lr: float) -> Optimizer:
-        """timm's optimiser over the heads and what is not frozen of the backbone."""
-        hp = self.hparams
-        try:
-            groups = dense_groups(self.model, self.model.backbone.maps, hp.weight_decay, hp.layer_decay)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return build_optimizer(groups, hp.optimizer, lr, hp.weight_decay, None, dict(hp.optimizer_kwargs))
+    def maps(self) -> Maps:
+        """Below the feature pyramid."""
+        maps: Maps = self.model.backbone.maps
+        return maps
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int) -> Tensor:
         """Sum of the detector's losses on images ``[3, H, W]`` in 0..1 and their targets."""
@@ -194,13 +170,8 @@ class Detection(Task):
             ]
         return found
 
-    def _start(self) -> None:
-        self.metric.reset()
-        self.count.reset()
-        self.shown.clear()
-        self.surest = Surest()
-
-    def _evaluate(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> None:
+    def count_batch(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> None:
+        """Boxes, and masks, of a batch."""
         images, targets = batch
         found = self.detect(images)
         known = ("boxes", "labels", "iscrowd", "area", *(("masks",) if self.masks else ()))
@@ -215,12 +186,13 @@ class Detection(Task):
             self.surest.offer(_false_alarm(target, said), partial(self._pair, image, target, said))
 
     def _pair(self, image: Tensor, target: dict[str, Any], said: dict[str, Tensor]) -> tuple[Image.Image, Image.Image]:
-        names = getattr(getattr(self.trainer, "datamodule", None), "classes", ()) if self._trainer is not None else ()
+        names = self.class_names
         pixels = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
         truth = draw_boxes(pixels, **_arrays(target, "boxes", "labels", "masks"), classes=names)
         return truth, draw_boxes(pixels, **_arrays(said, "boxes", "labels", "scores", "masks"), classes=names)
 
-    def _finish(self, stage: str) -> None:
+    def computed(self) -> dict[str, Tensor]:
+        """COCO's average precisions."""
         found = self.metric.compute()
         start = "bbox_" if self.masks else ""
         figures = {
@@ -228,33 +200,7 @@ class Detection(Task):
             "box_ap50": found[f"{start}map_50"],
             "box_ap75": found[f"{start}map_75"],
         }
-        if self.masks:
-            figures |= {"mask_ap": found["segm_map"], "mask_ap50": found["segm_map_50"]}
-        self.log_dict({f"{stage}/{key}": value.float() for key, value in figures.items()}, sync_dist=False)
-
-    def on_validation_epoch_start(self) -> None:
-        """Count from zero."""
-        self._start()
-
-    def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/box_ap and the others, over all processes."""
-        self._finish("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Count from zero."""
-        self._start()
-
-    def test_step(self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/box_ap and the others."""
-        self._finish("test")
+        return figures | ({"mask_ap": found["segm_map"], "mask_ap50": found["segm_map_50"]} if self.masks else {})
 
     def predict_step(
         self, batch: tuple[list[Tensor], list[dict[str, Any]]], batch_idx: int
@@ -263,15 +209,6 @@ class Detection(Task):
         images, targets = batch
         found = self.detect(images)
         return [(t["image_id"], {key: value.cpu() for key, value in f.items()}) for t, f in zip(targets, found, strict=True)]
-
-    def evaluated(self) -> int:
-        """Pictures of the last evaluation; every process takes part."""
-        return int(self.count.compute())
-
-    def draw_result(self, rows: list[dict[str, Any]], classes: list[str], title: str, path: Path) -> None:
-        """Learning curve, and held-out pictures with truth and prediction side by side."""
-        grid = sheet([picture for pair in self.shown for picture in pair], columns=6, edge=200)
-        draw_dense(rows, "box_ap", "box AP", grid, title, path)
 
     def record(self, folder: Path, stage: str) -> None:
         """AP of each class, and a picture of what was found and of the surest false alarms."""

@@ -11,24 +11,21 @@ from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from vitzoo.data.errors import UserError
-from vitzoo.heads import segmenter
-from vitzoo.tasks.base import Task
-from vitzoo.tasks.draw import Surest, draw_classes, sheet
+from vitzoo.heads import Maps, segmenter
+from vitzoo.tasks.dense import SHOWN, DenseTask
+from vitzoo.tasks.draw import draw_classes
 from vitzoo.tasks.figures import write_matrix, write_rows
 from vitzoo.tasks.losses import dice_loss
-from vitzoo.tasks.optim import build_optimizer, dense_groups
 from vitzoo.tasks.predictions import ClassMaps
-from vitzoo.tasks.report import draw_dense, draw_pairs
+from vitzoo.tasks.report import draw_pairs
 
 __all__ = ["IGNORE", "Segmentation", "scores", "slide"]
 
 IGNORE = 255
-SHOWN = 12
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ def slide(model: Any, image: Tensor, crop: int, stride: int) -> Tensor:
     return total / seen
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """Train and evaluate a segmenter.
 
     Args:
@@ -165,7 +162,6 @@ class Segmentation(Task):
         super().__init__()
         self.save_hyperparameters()
         self.check_recipe()
-        extra_kwargs = dict(kwargs) if drop_path is None else {**kwargs, "drop_path_rate": drop_path}
         try:
             self.model = segmenter(
                 kind,
@@ -177,7 +173,7 @@ class Segmentation(Task):
                 dropout=dropout,
                 checkpoint_stages=checkpoint_stages,
                 frozen=frozen,
-                backbone_kwargs=extra_kwargs,
+                backbone_kwargs=self.backbone_args(),
                 **decoder_kwargs,
             )
         except (TypeError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -190,31 +186,12 @@ class Segmentation(Task):
         self.cross_entropy = nn.CrossEntropyLoss(weight, ignore_index=IGNORE)
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.eval_loss = MeanMetric(nan_strategy="ignore")
-        self.count = SumMetric()
-        self.shown: list[tuple[Image.Image, Image.Image]] = []
-        self.surest = Surest()
+        self.counted(self.confusion, self.eval_loss)
 
     @property
-    def title(self) -> str:
-        """Decoder and backbone."""
-        return f"{self.hparams.kind} on {self.hparams.backbone}"
-
-    def setup(self, stage: str) -> None:
-        """Say what was done to the backbone's maps."""
-        if stage == "fit" and self.global_rank == 0:
-            from vitzoo.tasks.progress import say
-
-            for note in self.model.maps.notes:
-                say(f"{self.hparams.backbone}: {note}")
-
-    def make_optimizer(self, lr: float) -> Optimizer:
-        """timm's optimiser over the decoder and what is not frozen of the backbone."""
-        hp = self.hparams
-        try:
-            groups = dense_groups(self.model, self.model.maps, hp.weight_decay, hp.layer_decay)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return build_optimizer(groups, hp.optimizer, lr, hp.weight_decay, None, dict(hp.optimizer_kwargs))
+    def maps(self) -> Maps:
+        """Below the decoder."""
+        return self.model.maps
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy over the pixels with a class, and dice; 0 (with a gradient) where no pixel has one."""
@@ -250,13 +227,8 @@ class Segmentation(Task):
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits[0]
 
-    def _start(self) -> None:
-        for metric in (self.confusion, self.eval_loss, self.count):
-            metric.reset()
-        self.shown.clear()
-        self.surest = Surest()
-
-    def _evaluate(self, batch: tuple[list[Tensor], list[Tensor]]) -> None:
+    def count_batch(self, batch: tuple[list[Tensor], list[Tensor]]) -> None:
+        """Pixels of a batch, by true and predicted class."""
         for image, labels in zip(*batch, strict=True):
             logits = self.segment(image, (labels.shape[0], labels.shape[1]))
             said, known = logits.argmax(0), labels != IGNORE
@@ -270,53 +242,20 @@ class Segmentation(Task):
                 self.shown.append(self._pair(image, labels, said))
 
     def _pair(self, image: Tensor, labels: Tensor, said: Tensor) -> tuple[Image.Image, Image.Image]:
-        names = getattr(getattr(self.trainer, "datamodule", None), "classes", ()) if self._trainer is not None else ()
+        names = self.class_names
         small = F.interpolate(image[None].float(), size=labels.shape, mode="bilinear", align_corners=False)[0].cpu()
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.model.mean, self.model.std))
         pixels = (255 * (small * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        names = names if len(names) <= 30 else ()
+        names = names if len(names) <= 30 else []
         return draw_classes(pixels, labels.cpu(), names), draw_classes(pixels, said.cpu(), names)
 
-    def _finish(self, stage: str) -> None:
-        figures = {**scores(self.confusion.compute()), "loss": self.eval_loss.compute()}
-        self.log_dict({f"{stage}/{key}": value.float() for key, value in figures.items()}, sync_dist=False)
-
-    def on_validation_epoch_start(self) -> None:
-        """Count from zero."""
-        self._start()
-
-    def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/miou and the others, over all processes."""
-        self._finish("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Count from zero."""
-        self._start()
-
-    def test_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/miou and the others."""
-        self._finish("test")
+    def computed(self) -> dict[str, Tensor]:
+        """See :func:`scores`, and the mean loss."""
+        return {**scores(self.confusion.compute()), "loss": self.eval_loss.compute()}
 
     def predict_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> list[Tensor]:
         """Class of each pixel, ``[H, W]`` at the picture's own size, for each image."""
         return [self.segment(i, (l.shape[0], l.shape[1])).argmax(0).cpu() for i, l in zip(*batch, strict=True)]
-
-    def evaluated(self) -> int:
-        """Pictures of the last evaluation; every process takes part."""
-        return int(self.count.compute())
-
-    def draw_result(self, rows: list[dict[str, Any]], classes: list[str], title: str, path: Path) -> None:
-        """Learning curve, and held-out pictures with truth and prediction side by side."""
-        grid = sheet([picture for pair in self.shown for picture in pair], columns=6, edge=200)
-        draw_dense(rows, "miou", "mIoU", grid, title, path)
 
     def record(self, folder: Path, stage: str) -> None:
         """IoU and recall of each class, confusions in pixels, and a picture of maps and of the surest mistakes."""

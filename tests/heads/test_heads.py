@@ -224,3 +224,31 @@ def test_anchors_lie_at_the_strides_of_the_pyramid():
     centres = (last[..., :2] + last[..., 2:]) / 2
     torch.testing.assert_close(centres[:, :, 0, 0], torch.arange(7.0).mul(128).expand(7, 7))
     torch.testing.assert_close(centres[:, :, 0, 1], torch.arange(7.0).mul(128)[:, None].expand(7, 7))
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "tome", "r": 5}, {"name": "evit", "keep_rate": 0.5}, "dynamicvit", "skipvit", "spa"]
+)
+def test_heads_run_on_a_backbone_with_fewer_tokens(method):
+    backbone = {"token_reduction": method, "patch_size": 16}
+    model = segmenter("fpn", backbone="vit_micro", num_classes=3, backbone_kwargs=backbone)
+    labels = torch.randint(0, 3, (2, 90, 130))
+    torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 90, 130)), labels).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".attn." in name)
+    found = detector("fcos", "vit_micro", 4, backbone_kwargs=backbone, min_size=(96,), max_size=130, **FEW["fcos"])
+    images = [torch.rand(3, 150, 160)]
+    sum(found(images, [{k: v for k, v in targets((150, 160))[0].items() if k != "masks"}]).values()).backward()
+    with torch.no_grad():
+        assert found.eval()(images)[0]["boxes"].shape[1] == 4
+
+
+def test_a_backbone_that_reduces_nothing_gives_the_maps_it_gave():
+    torch.manual_seed(0)
+    plain = Maps("vit_micro", patch_size=16).eval()
+    reduced = Maps("vit_micro", patch_size=16, token_reduction={"name": "tome", "r": 0}).eval()
+    reduced.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 90, 130)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(plain(x), reduced(x), strict=True))
+    with pytest.raises(ValueError, match="whole map"):
+        Maps("nat_micro", token_reduction="tome")

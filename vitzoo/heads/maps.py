@@ -21,6 +21,7 @@ from vitzoo.layers.maps import pad_image
 from vitzoo.models import create_model
 from vitzoo.models._contract import Backbone
 from vitzoo.models._registry import entry_of
+from vitzoo.tokens import options_of, reduce
 
 __all__ = ["Maps", "Resample"]
 
@@ -65,6 +66,8 @@ class Maps(nn.Module):
         taps: a plain ViT's blocks to read, spread evenly over its depth, the early ones for the fine strides. 1: the last.
         checkpoint_stages: recompute these stages (blocks, in a plain ViT: all) in the backward pass; True: all of them.
         frozen: do not train the stem and the first ``frozen`` stages; 0 freezes the stem; None: nothing.
+        token_reduction: a method of ``vitzoo.tokens`` in a plain transformer, by name, or a dict with ``name`` and options;
+            maps stay whole.
         **kwargs: for ``create_model``: any field of the family's config.
 
     Attributes:
@@ -74,7 +77,8 @@ class Maps(nn.Module):
         body: timm's features-only model.
 
     Raises:
-        ValueError: an unknown name, strides that are not ascending powers of two, a stage that does not exist.
+        ValueError: an unknown name, strides that are not ascending powers of two, a stage that does not exist, a backbone
+            whose tokens cannot be reduced.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Maps(nn.Module):
         taps: int = 1,
         checkpoint_stages: bool | Sequence[int] = (),
         frozen: int | None = None,
+        token_reduction: str | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -96,7 +101,10 @@ class Maps(nn.Module):
         self.notes: list[str] = []
         self.frozen = frozen
         self.ours = entry_of(name) is not None
+        method, options = (token_reduction, {}) if token_reduction is None else options_of(token_reduction, kwargs)
         self.body, self.fixed_size = self._build(name, pretrained, taps, kwargs)
+        if method is not None:
+            reduce(self.body, method, **options)
         channels, given = self.body.feature_info.channels(), [float(s) for s in self.body.feature_info.reduction()]
 
         self.image_scale = 1.0

@@ -13,12 +13,12 @@
 Any key of a config can be given on the command line: --model.lr 1e-3, --data.batch_size 64, --trainer.max_epochs 10.
 """
 
-import os
 import sys
 from pathlib import Path
 
-# OpenMP threads that spin while they wait make a step twenty times slower on a core that another process needs
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from vitzoo_cli import share_cores
+
+share_cores()
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-__all__ = ["COMMANDS", "main", "parser_of"]
+__all__ = ["COMMANDS", "main", "parser_of", "share_cores"]
 
 # command: what it does; its module is the command's name after `_`, which keeps clear of keywords and of `list`
 COMMANDS: dict[str, str] = {
@@ -42,6 +42,16 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(word.split("=")[0], known, n=1)
             message += f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"error: {message}. See {self.prog} --help.\n")
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads wait awake for a moment and then asleep, unless the environment says otherwise.
+
+    To be called before torch is imported. Threads that stay awake slow a step several times down where another process needs
+    the core; threads that sleep at once are late for the next op, which small models notice.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def module_of(command: str) -> object:
@@ -107,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean '{near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."
         print(f"error: there is no command '{command}'. {hint}", file=sys.stderr)
         return 2
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a shared machine down
+    share_cores()
     try:
         module = module_of(command)
         if hasattr(module, "forward"):  # a command line of its own, passed on as it is

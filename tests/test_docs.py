@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +19,8 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 import vitzoo
+from tests.data import coco
+from tests.data.pictures import ade20k, by_class
 from vitzoo_cli import COMMANDS, _index, main, parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +59,23 @@ def lines_of(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in joined if shlex.split(line, comments=True)]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """``runs`` of a classifier, a detector and a segmenter that train.py has trained, a batch or two each."""
+    folder = tmp_path_factory.mktemp("trained")
+    pictures = by_class(folder / "pictures")
+    brief = ["--trainer.max_epochs", 1, "--trainer.accelerator", "cpu", "--data.num_workers", 0, "--data.batch_size", 4]
+    scenes = ["--data.train_scenes", 4, "--data.val_scenes", 2, "--data.scene_size", 64, *brief]
+    scenes += ["--trainer.check_val_every_n_epoch", 1]
+    train("fit", "--config", ROOT / "configs/finetune/folder.yaml", "--data.root", pictures, "--model.name", "nat_micro",
+          "--model.pretrained", "false", "--data.img_size", 32, *brief, "--out", folder / "runs/folder")  # fmt: skip
+    for task, extra in (("detection", []), ("segmentation", ["--data.crop", 64])):
+        train("fit", "--config", ROOT / f"configs/{task}/quickstart.yaml", *scenes, *extra, "--out", folder / "runs" / task)
+    return folder
+
+
 @pytest.fixture
-def there(tmp_path, monkeypatch) -> Path:
+def there(tmp_path, monkeypatch, trained) -> Path:
     """A folder with the files that the commands name."""
     from vitzoo.data.images import DigitImages
 
@@ -65,32 +86,82 @@ def there(tmp_path, monkeypatch) -> Path:
     torch.manual_seed(0)
     theirs = vitzoo.create_model("nat_micro", num_classes=10, in_chans=1)
     torch.save({"model": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "theirs.pth")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "path/to").mkdir(parents=True)
+    for name in ("path/to/pictures", "path/to/imagenet", "IMAGENET"):
+        (tmp_path / name).symlink_to(trained / "pictures")
+    coco.write(tmp_path / "path/to/coco")
+    ade20k(tmp_path / "path/to/ade20k")
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    for name in ("configs", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def train(*words: object) -> None:
+    """Run train.py in this process."""
+    import train as script
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        try:
+            script.main()
+        except SystemExit as stop:
+            if stop.code:
+                pytest.fail(f"train.py {' '.join(map(str, words))}: {stop.code}")
+
+
+def one_step(words: Sequence[str]) -> list[str]:
+    """What a command of train.py gets besides: one update of few and small pictures, on the CPU, without a download."""
+    line = " ".join(words)
+    dense, scenes = "/detection/" in line or "/segmentation/" in line, "n/quickstart" in line
+    extra = ["--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    extra += ["--data.batch_size", "2" if dense else "4", "--data.num_workers", "0", "--model.pretrained", "false"]
+    extra += ["--trainer.sync_batchnorm", "false"] if dense else []
+    extra += ["--data.train_scenes", "4", "--data.val_scenes", "2"] if scenes else []
+    extra += ["--model.min_size", "[96]", "--model.max_size", "128"] if "/detection/" in line else []
+    extra += ["--data.crop", "96"] if "/segmentation/" in line else []
+    return [*extra, *(["--data.size", "96"] if "/segmentation/" in line and not scenes else [])]
+
+
+def launched(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of torchrun: two processes in place of eight, one on each of two machines that are this one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    several = "--nnodes" in words
+    values = {"--nproc_per_node": "1" if several else "2", "--nnodes": "2", "--master_addr": "127.0.0.1"}
+    values |= {"--trainer.num_nodes": "2", "--master_port": str(free_port())}
+    words = [values.get(before, word) for before, word in pairwise(["", *words])]
+    words += [*one_step(words), "--trainer.devices", values["--nproc_per_node"]]
+    nodes = [[str(node) if word == "NODE" else word for word in words] for node in range(2 if several else 1)]
+    program = [sys.executable, "-m", "torch.distributed.run"]
+    running = [subprocess.Popen(program + node[1:], stdout=-1, stderr=subprocess.STDOUT, text=True) for node in nodes]
+    said = [process.communicate(timeout=200)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(nodes), "\n".join(said)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_every_command_of_the_documentation_runs(block, there, capsys, monkeypatch):
     for words in lines_of(block.text):
-        if words[0] == "vitzoo":
+        words = words[1:] if words[0] == "srun" else words
+        if words[:2] == ["vitzoo", "bench"]:
+            assert main([*words[1:], "--rounds", "1"]) == 0, capsys.readouterr().err
+        elif words[0] == "vitzoo":
             assert main(words[1:]) == 0, capsys.readouterr().err
-        elif words[:2] == ["python", "train.py"]:  # up to the configuration that the run would have
-            assert configured(words[2:], monkeypatch) in {0, None}, capsys.readouterr().err
+        elif words[:2] == ["python", "train.py"]:
+            alone = ["--trainer.num_nodes", "1", "--trainer.devices", "1"] if "--trainer.num_nodes" in words else []
+            train(*words[2:], *one_step(words), *alone)
+        elif words[0] == "torchrun":
+            launched(words, monkeypatch)
         else:
             pytest.fail(f"{block}: nobody runs {' '.join(words)}")
     for path in there.iterdir():
         assert path.stat().st_size > 0
-
-
-def configured(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
-    """Exit status of train.py when it is asked to print its configuration."""
-    import train
-
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--print_config"])
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    return left.value.code
 
 
 def test_commands_that_do_not_run_here_are_excused_with_a_reason():

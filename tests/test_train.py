@@ -17,6 +17,7 @@ from PIL import Image
 
 import vitzoo
 from tests.data import coco
+from tests.data.pictures import ade20k, by_class
 from vitzoo.tasks import html
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,16 +53,7 @@ def train(monkeypatch, capsys):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three classes of noisy colours, six training and two held-out pictures each."""
-    draw = np.random.RandomState(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for channel, name in enumerate(("blue", "green", "red")):
-            (tmp_path / "pictures" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.randint(0, 100, (48, 40, 3), dtype=np.uint8)
-                pixels[..., 2 - channel] += 120
-                Image.fromarray(pixels).save(tmp_path / "pictures" / split / name / f"{i}.jpg")
-    return tmp_path / "pictures"
+    return by_class(tmp_path / "pictures")
 
 
 def rows(folder):
@@ -287,17 +279,6 @@ def test_dense_recipes_run_a_step(train, tmp_path, name):
         "--trainer.accelerator", "cpu", "--out", tmp_path / "run",
     )  # fmt: skip
     assert "pictures an update, learning rate" in said
-
-
-def ade20k(root):
-    for split in ("training", "validation"):
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(2):
-            pixels = np.random.RandomState(i).randint(0, 255, (70, 90, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"images/{split}/{i}.jpg")
-            Image.fromarray(pixels[..., 0] % 151).save(root / f"annotations/{split}/{i}.png")
-    return root
 
 
 @pytest.mark.parametrize(("task", "figure"), [("detection", "box AP"), ("segmentation", "mIoU")])

@@ -10,14 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import vitzoo
+from tests.data.pictures import by_class
 from vitzoo.data import ImageData
 from vitzoo.tasks.sharding import blocks_of
 
@@ -28,14 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def runs(tmp_path_factory):
     """The same run in one process, in two, and in two that divide the weights; 9 held-out pictures."""
     folder = tmp_path_factory.mktemp("runs")
-    draw = np.random.RandomState(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for channel, name in enumerate(("blue", "green", "red")):
-            (folder / "pictures" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.randint(0, 140, (40, 44, 3), dtype=np.uint8)
-                pixels[..., 2 - channel] += 60
-                Image.fromarray(pixels).save(folder / "pictures" / split / name / f"{i}.png")
+    by_class(folder / "pictures", train=8, val=3)
     common = [
         "fit", "--config", "configs/finetune/folder.yaml", "--data.root", folder / "pictures", "--model.name", "nat_micro",
         "--model.pretrained", "false", "--data.img_size", 32, "--data.num_workers", 0, "--trainer.accelerator", "cpu",

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.golden.families.tokens import evit_states, groups_of, watched
 from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge, load
-from vitzoo import explain
+from vitzoo import explain, tokens
 from vitzoo.explain import activations, gradients, rolling
 from vitzoo.explain._record import recording, weights_of
 from vitzoo.layers.probing import EfficientProbing, MomentProbing, SimPool
@@ -170,6 +171,46 @@ def probe(module: nn.Module, *inputs: str) -> Callable[[Golden], Iterator[Pair]]
     return run
 
 
+def tome_source(golden: Golden) -> Iterator[Pair]:
+    """Which patches each token of the last block stands for, and its value laid on all of them."""
+    given, x = golden.tensors, golden.tensors["input"]
+    model = vit(golden)
+    tokens.reduce(model, "tome", r=golden.spec["r"])
+    with torch.no_grad(), watched(model) as seen:
+        features = model.forward_features(x)
+        logits = model.forward_head(features)
+    last = seen[f"state/{len(model.blocks) - 1}"]
+    yield Pair("features", features, given["features"])
+    yield Pair("logits", logits, given["logits"])
+    yield Pair("size", last.size[..., None], given["size"])
+    yield Pair("source", groups_of(last), given["source"])
+    yield Pair("group", last.source, given["group"])
+    yield Pair("vis", tokens.token_groups(model, x)[:, -1], given["vis"])
+    (dense,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    yield Pair("dense", dense, given["dense"])
+    whole = features.gather(1, last.source[..., None].expand(-1, -1, features.shape[-1]))
+    yield Pair("output", whole, given["output"])
+
+
+def evit_places(golden: Golden) -> Iterator[Pair]:
+    """Which patch each token is that stays where tokens leave; 0, as published, for one that others were fused into."""
+    given, kwargs = golden.tensors, golden.kwargs
+    model = vit(golden)
+    tokens.reduce(model, "evit", keep_rate=kwargs["keep_rate"], fuse=kwargs["fuse_token"])
+    with torch.no_grad(), watched(model) as seen:
+        yield Pair("output", model(given["input"]), given["output"])
+    shrinking = [i for i, rate in enumerate(kwargs["keep_rate"]) if rate < 1]
+    for number, i in enumerate(shrinking):
+        before = seen[f"state/{i - 1}"].x
+        with torch.no_grad():
+            ranked = evit_states(before, model, i, golden)["idx"]
+        yield Pair(f"idx/{number}", ranked, given[f"idx/{number}"])
+        source = seen[f"state/{i}"].source[:, None, 1:] - 1  # without the class token
+        here = source == torch.arange(ranked.shape[1])[None, :, None]
+        alone = here.sum(-1) == 1
+        yield Pair(f"real_idx/{number}", here.long().argmax(-1) * alone, given[f"real_idx/{number}"])
+
+
 def moment(kwargs: dict[str, Any]) -> nn.Module:
     return MomentProbing(kwargs["in_dim"], kwargs["num_classes"], kwargs["hidden_dim"], kwargs["num_heads"])
 
@@ -182,6 +223,8 @@ CHECKS: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     "gradcam_vit": gradcam,
     "gradcam_swin": gradcam,
     "globenc_layer": globenc,
+    "tome_source": tome_source,
+    "evit_real_idx": evit_places,
     "efficient_probing": probe(lambda kwargs: EfficientProbing(**kwargs), "input"),
     "simpool": probe(lambda kwargs: SimPool(**kwargs), "input"),
     "moment_probing": probe(moment, "cls_token", "input"),

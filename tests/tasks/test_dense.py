@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -52,6 +53,36 @@ def test_average_precision_at_the_thresholds_an_overlap_reaches():
     found = metric.compute()
     assert float(found["map"]) == pytest.approx(0.5, abs=1e-6)
     assert (float(found["map_50"]), float(found["map_75"])) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_figures_of_several_processes_are_those_of_one(world, monkeypatch):
+    """Five pictures dealt to the processes in turn, so that some have more than others, and the last ones none."""
+    draw = torch.Generator().manual_seed(0)
+    pictures = []
+    for count in (2, 0, 3, 1, 2):
+        corner = 60 * torch.rand(count, 2, generator=draw)
+        boxes = torch.cat([corner, corner + 5 + 20 * torch.rand(count, 2, generator=draw)], dim=1)
+        masks = torch.rand(count, 90, 90, generator=draw) > 0.5
+        truth = {"boxes": boxes, "labels": torch.randint(1, 3, (count,), generator=draw), "masks": masks}
+        moved = boxes + 3 * torch.rand(count, 4, generator=draw)
+        pictures.append(({**truth, "boxes": moved, "scores": torch.rand(count, generator=draw).round(decimals=1)}, truth))
+    alone = mean_average_precision(masks=True)
+    processes = [mean_average_precision(masks=True) for _ in range(world)]
+    for i, (said, truth) in enumerate(pictures):
+        for metric in (alone, processes[i % world]):
+            metric.update([said], [truth])
+
+    def gather(every, mine, group=None):
+        every[:] = [{name: getattr(p, name) for name in p._reductions} for p in processes]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: world)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    expected, last = alone.compute(), copy.deepcopy(processes[-1])
+    last._sync_dist()
+    found = last.compute()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert 0.1 < expected["bbox_map"] < 0.9
 
 
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])

@@ -88,3 +88,23 @@ def test_what_is_divided_is_blocks():
     assert len({type(block) for block in blocks}) == 1
     plain = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert blocks_of(plain) == list(plain[1])
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_two_processes_train_a_dense_task_and_evaluate_as_one(tmp_path, task):
+    scenes = [
+        "--config", f"configs/{task}/quickstart.yaml", "--data.train_scenes", 8, "--data.val_scenes", 5,
+        "--data.scene_size", 64, "--data.batch_size", 4, "--trainer.accelerator", "cpu", "--trainer.devices", "{world}",
+        "--trainer.strategy", "{strategy}", "--out", tmp_path, *(["--data.crop", 64] if task == "segmentation" else []),
+    ]  # fmt: skip
+    once = ["--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 1]
+    said = []
+    for runs, words in (("2:ddp", ["fit", *scenes, *once]), ("1:auto,2:ddp", ["validate", *scenes])):
+        command = [sys.executable, "tests/several_processes.py", runs, "--", *words]
+        ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+        assert ran.returncode == 0, ran.stderr[-5000:]
+        said += [line for line in ran.stdout.splitlines() if " on 5 " in line]
+    trained, alone, together = said
+    assert alone.split(" on 5 ")[0] == together.split(" on 5 ")[0]
+    first = trained.split(" on 5 ")[0]  # "box AP 0.0000"
+    assert alone.startswith(first)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
@@ -24,10 +25,29 @@ from vitzoo.tasks.report import draw_pairs
 __all__ = ["Detection", "mean_average_precision"]
 
 
+class PicturesOfAll(MeanAveragePrecision):
+    """torchmetrics' figures over several processes that have seen different numbers of pictures.
+
+    What is kept of each picture is put into the order in which the pictures were served, one to each process in turn;
+    torchmetrics gathers picture by picture and waits for those that a process does not have.
+    """
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        del dist_sync_fn
+        group = process_group or self.process_group
+        mine = {name: _moved(getattr(self, name), "cpu") for name in self._reductions}
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group=group)
+        for name in self._reductions:
+            most = max(len(one[name]) for one in every)
+            served = [one[name][i] for i in range(most) for one in every if i < len(one[name])]
+            setattr(self, name, _moved(served, self.device))
+
+
 def mean_average_precision(masks: bool, backend: Any = "pycocotools") -> MeanAveragePrecision:
     """COCO's average precision for boxes, and for masks where asked; sizes, crowds and areas as COCO counts them."""
     try:
-        return MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend=backend)
+        return PicturesOfAll(iou_type=("bbox", "segm") if masks else "bbox", backend=backend)
     except ModuleNotFoundError as error:
         raise UserError(f"COCO's figures need {backend}: pip install 'vitzoo[dense]' ({error}).") from error
 
@@ -235,6 +255,11 @@ class Detection(DenseTask):
     def predictions(folder: str) -> Callback:
         """``predictions.json`` in COCO's format of results, and a picture each in ``predictions/``."""
         return FoundObjects(folder)
+
+
+def _moved(kept: list[Any], device: torch.device | str) -> list[Any]:
+    """Tensors of pictures on another device; masks are coded, not tensors."""
+    return [one.to(device) if isinstance(one, Tensor) else one for one in kept]
 
 
 def _false_alarm(target: dict[str, Any], said: dict[str, Tensor]) -> float:

@@ -18,7 +18,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vitzoo.layers import with_our_attention
-from vitzoo.models._contract import Backbone, configure, feature_take_indices
+from vitzoo.models._contract import Backbone, configure, wanted_maps
 
 
 @dataclass(frozen=True)
@@ -143,23 +143,17 @@ class Adopted(Backbone):
         Raises:
             ValueError: another ``output_fmt``, or ``stop_early`` where the final map is asked for but not reached.
         """
-        output_fmt = getattr(output_fmt, "value", output_fmt)
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is 'NCHW' or 'NHWC', got '{output_fmt}'.")
         stages = self.stages_left
-        take, last = feature_take_indices(stages, indices)
-        if stop_early and not intermediates_only and last + 1 < stages:
-            raise ValueError(
-                f"stop_early ends after stage {last} of {stages}, before the final map. "
-                "Ask for intermediates_only=True as well."
-            )
+        take, last, channels_first = wanted_maps(
+            stages, indices, output_fmt, stop_early=stop_early, intermediates_only=intermediates_only
+        )
         maps = []
         x = self.embed(x)
         for i in range(last + 1 if stop_early else stages):
             x = self.run_stage(i, x)
             if i in take:
                 y = self.final_norm(x) if norm and i == stages - 1 else x
-                maps.append(y.contiguous() if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
+                maps.append(y.contiguous() if channels_first else y.permute(0, 2, 3, 1))
         return maps if intermediates_only else (self.final_norm(x), maps)
 
     # -- timm's contract ------------------------------------------------------------------------------------------

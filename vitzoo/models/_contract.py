@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitzoo.layers.mixture import routing_loss
 
-__all__ = ["Backbone", "FeatureGetterNet", "configure", "feature_take_indices", "pair"]
+__all__ = ["Backbone", "FeatureGetterNet", "configure", "feature_take_indices", "pair", "wanted_maps"]
 
 Config = TypeVar("Config")
 
@@ -61,6 +61,35 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((name, _frozen(entry)) for name, entry in value.items())
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def wanted_maps(
+    stages: int, indices: int | list[int] | None, output_fmt: Any, *, stop_early: bool, intermediates_only: bool
+) -> tuple[list[int], int, bool]:
+    """What ``forward_intermediates`` of a pyramid was asked for.
+
+    Args:
+        stages: that the model has.
+        indices: which of them: the last n for an int, all for None; negative ones count from the end.
+        output_fmt: "NCHW" or "NHWC", as a word or timm's enumeration.
+        stop_early: not to run stages after the last one asked for.
+        intermediates_only: not to return the final map.
+
+    Returns:
+        The stages to take, the last of them, and whether channels come first.
+
+    Raises:
+        ValueError: another ``output_fmt``, or ``stop_early`` where the final map is asked for but not reached.
+    """
+    output_fmt = getattr(output_fmt, "value", output_fmt)
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt is 'NCHW' or 'NHWC', got '{output_fmt}'.")
+    take, last = feature_take_indices(stages, indices)
+    if stop_early and not intermediates_only and last + 1 < stages:
+        raise ValueError(
+            f"stop_early ends after stage {last} of {stages}, before the final map. Ask for intermediates_only=True as well."
+        )
+    return take, last, output_fmt == "NCHW"
 
 
 class Backbone(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitzoo.layers import Slot, build_mixer
 from vitzoo.layers.batchnorm import BATCH_NORMS, statistics_kept
 from vitzoo.layers.mixers import MixerChoice, check_mixers, choose_mixer, mixer_options
-from vitzoo.models._contract import Backbone, configure, feature_take_indices, pair
+from vitzoo.models._contract import Backbone, configure, feature_take_indices, pair, wanted_maps
 
 
 @dataclass(frozen=True)
@@ -275,15 +275,9 @@ class Pyramid(Backbone):
         Raises:
             ValueError: another ``output_fmt``, or ``stop_early`` where the final map is asked for but not reached.
         """
-        output_fmt = getattr(output_fmt, "value", output_fmt)
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is 'NCHW' or 'NHWC', got '{output_fmt}'.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        if stop_early and not intermediates_only and last + 1 < len(self.stages):
-            raise ValueError(
-                f"stop_early ends after stage {last} of {len(self.stages)}, before the final map. "
-                "Ask for intermediates_only=True as well."
-            )
+        take, last, channels_first = wanted_maps(
+            len(self.stages), indices, output_fmt, stop_early=stop_early, intermediates_only=intermediates_only
+        )
         maps = []
         x = self.stem(x)
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
@@ -294,7 +288,7 @@ class Pyramid(Backbone):
                 else:
                     y = self.as_map(i, x)
                     y = self.feature_norms[i](y) if self.cfg.feature_norm else y
-                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+                maps.append(y.permute(0, 3, 1, 2).contiguous() if channels_first else y)
         if intermediates_only:
             return maps
         return self.norm(x).permute(0, 3, 1, 2), maps

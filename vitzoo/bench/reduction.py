@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vitzoo
-from vitzoo.bench.timing import Run, interleaved, markdown, peak_mib, peak_resident
+from vitzoo.bench.timing import Run, forget_peak, interleaved, markdown, peak_mib, printed_apart, resident
 from vitzoo.models._cost import count_gmacs
 
 MODEL = "deit_small_patch16_224"
@@ -66,7 +66,7 @@ class Result:
         throughput_ratio: by the medians of interleaved rounds.
         latency_ms: of one image.
         latency_ratio: likewise.
-        memory_mib: at most, of inference on a batch; on a CPU of the whole process.
+        memory_mib: at most, of inference on a batch, beyond program, model and images.
         memory_ratio: likewise.
     """
 
@@ -105,21 +105,28 @@ def gmacs(case: Case) -> float | None:
         return None
 
 
-def run(case: Case, rounds: int = 3) -> None:
-    """What memory is measured of: inference on a batch."""
+def run(case: Case, rounds: int = 3) -> float:
+    """MiB that inference on a batch takes at most beyond program, model and images: call it in a process of its own.
+
+    After a first one, for which oneDNN compiles a kernel for every shape and keeps it.
+    """
     model = build(case)
     x = images(model, case, case.batch)
     with torch.inference_mode():
+        model(x)
+        before = resident("VmRSS")
+        forget_peak()
         for _ in range(rounds):
             model(x)
+    return max(resident("VmHWM") - before, 0.0)
 
 
 def peak(case: Case, model: nn.Module, x: Tensor) -> float:
-    """MiB at most: on a GPU beyond what was there, on a CPU of a process of its own."""
+    """MiB of inference at most, beyond what was there before."""
     device = torch.device(case.device)
     if device.type == "cuda":
         return float(peak_mib(_call(model, x), device) or 0.0)
-    return peak_resident(f"from vitzoo.bench.reduction import Case, run; run({case!r})")
+    return printed_apart(f"from vitzoo.bench.reduction import Case, run; print(run({case!r}))")
 
 
 def _call(model: nn.Module, x: Tensor) -> Run:

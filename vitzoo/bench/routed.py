@@ -5,9 +5,6 @@ The shapes are those of BiFormer's stages, at the image sizes asked for.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.bench.calls import refuse_wrong
-from vitzoo.bench.timing import interleaved, markdown, peak_mib, resident
+from vitzoo.bench.timing import interleaved, markdown, peak_mib, printed_apart, resident
 from vitzoo.ops import attend_routed
 from vitzoo.ops.attend_routed.reference import by_region, gather_chosen, to_map
 
@@ -101,21 +98,18 @@ def peak(case: Case, way: Callable[..., Tensor]) -> float:
     device = torch.device(case.device)
     if device.type == "cuda":
         return float(peak_mib(partial(way, *inputs(case)), device) or 0.0)
-    code = f"from vitzoo.bench.routed import Case, grow; grow({case!r}, {way.__name__!r})"
-    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is gone: no gaps between what is kept
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given_back)
-    return float(done.stdout.split()[-1])
+    return printed_apart(f"from vitzoo.bench.routed import Case, grow; print(grow({case!r}, {way.__name__!r}))")
 
 
-def grow(case: Case, way: str) -> None:
-    """Print by how many MiB one call makes this process grow, after one of a small case has loaded what it needs."""
+def grow(case: Case, way: str) -> float:
+    """By how many MiB one call makes this process grow, after one of a small case has loaded what it needs."""
     run = globals()[way]
     with torch.no_grad():
         run(*inputs(Case(WINDOWS * 2, 1, 1, case.choices)))
         arguments = inputs(case)
         before = resident("VmRSS")
         run(*arguments)
-    print(max(resident("VmHWM") - before, 0.0))
+    return max(resident("VmHWM") - before, 0.0)
 
 
 def measure(case: Case, rounds: int = 9) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -104,11 +105,24 @@ def resident(field: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
+def forget_peak() -> None:
+    """Let ``resident("VmHWM")`` begin again from what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def printed_apart(code: str) -> float:
+    """The last number that Python code prints in a process of its own, where memory that is freed is given back at once.
+
+    Otherwise gaps between what is kept count as used, and a model whose tensors change in size has more of them.
+    """
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given_back)
+    return float(done.stdout.split()[-1])
+
+
 def peak_resident(code: str) -> float:
     """MiB of resident memory at most that Python code takes in a process of its own (Linux)."""
-    code += "\nfrom vitzoo.bench.timing import resident; print(resident('VmHWM'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return printed_apart(f"{code}\nfrom vitzoo.bench.timing import resident; print(resident('VmHWM'))")
 
 
 def paired(ours: Run, theirs: Run, rounds: int) -> tuple[float, float]:

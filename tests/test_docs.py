@@ -150,7 +150,8 @@ def test_every_command_of_the_documentation_runs(block, there, capsys, monkeypat
     for words in lines_of(block.text):
         words = words[1:] if words[0] == "srun" else words
         if words[:2] == ["vitzoo", "bench"]:
-            assert main([*words[1:], "--rounds", "1"]) == 0, capsys.readouterr().err
+            least = ["--batch", "1"] if words[2] == "accelerate" else []
+            assert main([*words[1:], "--rounds", "1", *least]) == 0, capsys.readouterr().err
         elif words[0] == "vitzoo":
             assert main(words[1:]) == 0, capsys.readouterr().err
         elif words[:2] == ["python", "train.py"]:

@@ -124,11 +124,11 @@ def test_jit_functions_answer_as_span_does(interpreter):
 
 
 def test_kernels_give_what_the_golden_files_hold():
-    """Those of the repository's op cases that go straight through ``attend2d``; ``--golden DIR`` takes any others."""
+    """A neighborhood, windows and a grid; ``TRITON_INTERPRET=1 pytest tests/golden --golden DIR`` takes any others."""
     root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/golden/test_golden.py"]
     done = subprocess.run(
-        [*command, "-k", "ops and (na2d or win_v or maxvit)"],
+        [*command, "-k", "ops and (na2d_k3 or win_v1 or maxvit)"],
         cwd=root,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -136,5 +136,9 @@ def test_kernels_give_what_the_golden_files_hold():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    files = [path.stem for path in (root / "tests/golden/data/ops").iterdir() if path.stem.startswith(("na2d", "win_v", "maxvit"))]
+    files = [
+        path.stem
+        for path in (root / "tests/golden/data/ops").iterdir()
+        if path.stem.startswith(("na2d_k3", "win_v1", "maxvit"))
+    ]
     assert f"{len(files)} passed" in done.stdout

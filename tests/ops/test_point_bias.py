@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops import PointBias, attend
+from vitzoo.ops.attend import sdpa
 
 IMPLEMENTATIONS = ("sdpa", "reference")
 
@@ -37,6 +38,28 @@ def test_a_bias_at_points_is_the_dense_bias_it_stands_for(impl):
     torch.testing.assert_close(got, expected)
     op = results(lambda q, k, v, bias: torch.ops.vitzoo.attend_at_points(q, k, v, *bias, None, q.shape[-1] ** -0.5), leaves)
     torch.testing.assert_close(op, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("key_bias", [True, False], ids=["key bias", "alone"])
+def test_rows_of_queries_one_after_another_give_what_all_at_once_give(rows, key_bias, monkeypatch):
+    leaves = tensors(H=7)
+    keys = torch.randn(2, 5, dtype=torch.float64) if key_bias else None
+
+    def run(q, k, v, bias):
+        with torch.no_grad():
+            alone = attend(q, k, v, bias=bias, key_bias=keys, impl="sdpa")
+        out, lse = attend(q, k, v, bias=bias, key_bias=keys, return_lse=True, impl="sdpa")
+        torch.testing.assert_close(alone, out)
+        return out, lse
+
+    expected = results(run, leaves)
+    laid_out = []
+    dense = PointBias.dense
+    monkeypatch.setattr(PointBias, "dense", lambda bias: laid_out.append(len(bias.rows)) or dense(bias))
+    monkeypatch.setattr(sdpa, "SCORES_AT_ONCE", rows * 4 * 4 * 5)  # heads, columns, keys
+    torch.testing.assert_close(results(run, leaves), expected)
+    assert max(laid_out) == rows
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vitzoo.ops._softmax import probabilities, safe_logsumexp, settled
 from vitzoo.ops.attend.point_bias import PointBias
@@ -15,8 +16,41 @@ def supports(call) -> str | None:
     return None
 
 
+SCORES_AT_ONCE = 2**22
+"""Of an image: a PointBias of more scores is laid out for some rows of queries at a time, so that no matrix of all is kept."""
+
+
 def run(call) -> tuple[Tensor, Tensor | None]:
     """(out `[B, L, N, D]`, lse `[B, L, N]` or None) of an `AttendCall`."""
+    if isinstance(call.bias, PointBias) and not torch.compiler.is_compiling():
+        in_a_row = call.q.shape[2] * call.bias.cols.shape[0] * call.k.shape[1]
+        rows = max(1, SCORES_AT_ONCE // max(1, in_a_row))
+        if rows < call.bias.rows.shape[0]:
+            return _by_rows(call, rows)
+    return _at_once(call)
+
+
+def _by_rows(call, rows: int) -> tuple[Tensor, Tensor | None]:
+    """The same for so many rows of queries at a time; what a gradient needs is computed again when it is asked for."""
+    constants, width = (call.bias.rows, call.bias.cols), call.bias.cols.shape[0]
+
+    def part(q: Tensor, k: Tensor, v: Tensor, table: Tensor, points: Tensor, key_bias: Tensor | None, first: int):
+        bias = PointBias(table, points, constants[0][first : first + rows], constants[1])
+        return _at_once(call._replace(q=q, k=k, v=v, bias=bias, key_bias=key_bias))
+
+    found = []
+    for first in range(0, constants[0].shape[0], rows):
+        q = call.q[:, first * width : (first + rows) * width]
+        arguments = (q, call.k, call.v, call.bias.table, call.bias.points, call.key_bias, first)
+        if torch.is_grad_enabled():
+            found.append(checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            found.append(part(*arguments))
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1) if call.return_lse else None
+
+
+def _at_once(call) -> tuple[Tensor, Tensor | None]:
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     bias = _total_bias(call)
     # PyTorch's fused kernels give no lse, and leave for a slow path when the bias learns

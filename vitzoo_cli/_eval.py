@@ -21,7 +21,7 @@ EXAMPLES = (
     "vitzoo eval --model swin_tiny_patch4_window7_224 --data path/to/imagenet --batch-size 128 --device cuda",
     "vitzoo eval --checkpoint runs/folder/best.ckpt --data path/to/pictures --tables per_class --json",
     "vitzoo eval --checkpoint 'runs/*/best.ckpt' --data path/to/pictures --csv runs.csv --markdown runs.md",
-    "vitzoo eval --model 'nat_*' resnet50 --set imagenet imagenet-r --data IMAGENET IMAGENET_R --csv table.csv",
+    "vitzoo eval --model 'dinat_*' resnet50 --set imagenet imagenet-r --data IMAGENET IMAGENET_R --csv table.csv",
 )
 SETS = ("imagenet", "imagenet-v2", "imagenet-real", "imagenet-c", "imagenet-a", "imagenet-r", "imagenet-sketch")
 # figure: its heading and how it is printed

@@ -45,11 +45,8 @@ def test_compiled_training_gives_the_same_gradients(micro):
         assert_close(gradient, grads[name.removeprefix("_orig_mod.")], 1e-4)
 
 
-# a block of each kind in the first of two stages: tracing takes seconds for each
-FEWER = {
-    "swin_micro": {"depths": (2, 1), "num_heads": (1, 2), "window_size": (4, 4)},
-    "nat_micro": {"depths": (1, 1), "num_heads": (1, 2), "kernel_size": (5, 3)},
-}
+# a block of each kind in the first stage, one in the others: tracing takes seconds for each
+FEWER = {"swin_micro": {"depths": (2, 1, 1)}, "nat_micro": {"depths": (1, 1, 1)}}
 
 
 @pytest.mark.timeout(SECONDS)

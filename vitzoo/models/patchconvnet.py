@@ -242,7 +242,7 @@ def _patchconvnet(dim: int, depth: int, img_size: int = 224, per_class: bool = F
 
 VARIANTS = {
     "patchconvnet_micro": PatchConvNetConfig(
-        embed_dim=32, depths=(2, 2, 1), num_heads=(1, 1, 1), layer_scale=None, patch_size=4, img_size=32
+        embed_dim=64, depths=(2, 2, 2), num_heads=(1, 1, 1), layer_scale=None, patch_size=4, img_size=32
     ),
     "patchconvnet_s60": _patchconvnet(384, 60),
     "patchconvnet_s120": _patchconvnet(384, 120),

@@ -305,7 +305,7 @@ def _vanilla(embed_dim: int, depth: int, drop_path_rate: float = 0.0) -> SpectFo
 
 VANILLA = {
     "spectformer_micro": SpectFormerConfig(
-        patch_size=4, embed_dim=48, depth=4, num_heads=2, mlp_ratio=2.0, img_size=32, alpha=2
+        patch_size=4, embed_dim=64, depth=4, num_heads=2, mlp_ratio=2.0, img_size=32, alpha=2
     ),
     "spectformer_t": _vanilla(256, 12),
     "spectformer_xs": _vanilla(384, 12),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.golden.families.tokens import evit_states, groups_of, watched
+from tests.golden.families.tokens.common import watched
+from tests.golden.families.tokens.merging import groups_of
+from tests.golden.families.tokens.pruning import evit_states
 from tests.golden.harness import GIVEN, OPS, Golden, NotYet, Pair, judge, load
 from vitzoo import explain, tokens
 from vitzoo.explain import activations, gradients, rolling

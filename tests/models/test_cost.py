@@ -32,21 +32,24 @@ REPORTED = WITHOUT_A_FILE | {
     if row.gmacs is not None
 }
 
-# what no way of counting that fits its siblings comes to, and what their own code comes to
-APART = {
-    "a2mamba_b": "11.6, and 11.3 without the second products of queries and keys; its siblings agree",
-    "crossformer_pp_small": "the method flops() of the authors' own class returns 4.39, and what they report for its siblings",
-    "gcvit_large_384": "its layers count 91, its windows 12.6 more; at 224 the same model agrees",
-    "gcvit_large_512": "its layers count 162, its windows 40 more; at 224 the same model agrees",
-    "soft_huge": "their code counts 15.8, as it counts those of the smaller ones that agree",
-    "soft_norm_huge": "as soft_huge",
+# where print and code differ, or (SOFT) no one way of counting fits all of a family: what the authors' own class comes to
+BY_THEIR_CODE = {
+    "a2mamba_b": (11.46, "by its method flops(), which returns what is printed of the four others"),
+    "crossformer_pp_small": (4.39, "by its method flops(), which returns what is printed of its siblings"),
+    "gcvit_large_384": (104.2, "by fvcore, which finds what is printed of the same model at 224 pixels"),
+    "gcvit_large_512": (202.6, "as gcvit_large_384"),
+    "soft_huge": (
+        16.03,
+        "by fvcore without norms; it finds 7.4 and 11.3 in the two below, printed as 7.2 and 11.0, where it is ours that agree",
+    ),
+    "soft_norm_huge": (16.03, "as soft_huge, which has the same layers"),
 }
 
 CUT = ("ffnet_*", "gcvit_xtiny")
 """Names whose authors cut what follows the first digit after the point, where others round it."""
 
 
-@pytest.mark.parametrize("listed", sorted(REPORTED.keys() - APART.keys()))
+@pytest.mark.parametrize("listed", sorted(REPORTED.keys() - BY_THEIR_CODE.keys()))
 def test_counts_the_multiply_adds_that_its_authors_report(listed):
     counted, reported = as_its_authors_count(listed), REPORTED[listed]
     if any(fnmatch.fnmatchcase(listed, pattern) for pattern in CUT):
@@ -55,9 +58,11 @@ def test_counts_the_multiply_adds_that_its_authors_report(listed):
     assert counted == pytest.approx(reported, rel=0.02, abs=0.05)
 
 
-@pytest.mark.parametrize("listed", APART)
-def test_what_is_reported_of_these_is_not_what_they_cost(listed):
-    assert as_its_authors_count(listed) != pytest.approx(REPORTED[listed], rel=0.02)
+@pytest.mark.parametrize("listed", BY_THEIR_CODE)
+def test_counts_what_its_authors_code_counts_where_their_report_differs(listed):
+    counted, theirs = as_its_authors_count(listed), BY_THEIR_CODE[listed][0]
+    assert counted == pytest.approx(theirs, rel=0.02)
+    assert counted != pytest.approx(REPORTED[listed], rel=0.02)  # else it belongs above
 
 
 def as_its_authors_count(name: str) -> float:

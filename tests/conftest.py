@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="GLOB",
-        help="run the model contract on all listed names that match instead of the small ones; may be given several times",
+        help="run contract, export and heads on all listed names that match instead of small ones; may be given several times",
     )
 
 

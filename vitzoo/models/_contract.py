@@ -119,6 +119,8 @@ class Backbone(nn.Module):
 
     def init_weights(self) -> None:
         """Truncated normal 0.02 for every linear layer, zero biases; then each module's own ``init_weights``."""
+        if next(self.parameters()).is_meta:  # there is nothing to fill, and PyTorch takes its time over it
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

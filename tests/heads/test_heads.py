@@ -1,4 +1,4 @@
-"""Backbones as maps, and what detectors and segmenters make of them; every family in every head: test_names.py."""
+"""Every family of the registry in every head, at sizes that nothing divides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import vitzoo
 from tests.models.zoo import ceil_div
-from vitzoo.heads import DETECTORS, Maps, detector, segmenter
+from vitzoo.heads import DETECTORS, SEGMENTERS, Maps, detector, segmenter
 
 SIZES = [(256, 320), (250, 330)]
 
@@ -75,6 +75,41 @@ def test_maps_have_the_strides_that_were_asked_for(family):
                 (c, ceil_div(height, s), ceil_div(width, s)) for c, s in zip(maps.channels, (4, 8, 16, 32), strict=True)
             ]
             assert all(m.isfinite().all() for m in found)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_trains_in_every_detector(family, kind):
+    name, kwargs = MODELS[family]
+    model = detector(kind, name, 3, channels=32, head_convs=1, min_size=250, max_size=330, backbone_kwargs=kwargs, **FEW[kind])
+    losses = model([torch.rand(3, *size) for size in SIZES], targets(*SIZES))
+    assert all(loss.isfinite() for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert untrained(model) == []
+    model.eval()
+    with torch.no_grad():
+        found = model([torch.rand(3, *SIZES[1])])[0]
+    assert {"boxes", "labels", "scores"} <= set(found)
+    if kind == "maskrcnn":
+        assert found["masks"].shape[1:] == (1, *SIZES[1])
+
+
+@pytest.mark.parametrize("kind", SEGMENTERS)
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_trains_in_every_segmenter(family, kind):
+    name, kwargs = MODELS[family]
+    model = segmenter(kind, name, 5, channels=32, aux=kind == "upernet", backbone_kwargs=kwargs)
+    logits, aux = model.with_aux(torch.randn(2, 3, *SIZES[1]))
+    assert logits.shape == (2, 5, *SIZES[1])
+    loss = logits.square().mean()
+    if kind == "upernet":
+        assert aux is not None
+        assert aux.shape == logits.shape
+        loss = loss + aux.square().mean()
+    loss.backward()
+    assert untrained(model) == []
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, *SIZES[0])).shape == (1, 5, *SIZES[0])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""A backbone in every head, forward and backward, at sizes that nothing divides.
+"""A listed name at its full depth in every head, forward and backward.
 
 Its maps of an image are computed once and handed to all ten heads, whose gradients go back through it together: as in ten
-models, at the cost of one. Runs on the smallest of each family; all names, at full depth, are run by
-``pytest tests/heads/test_names.py --models '*' --timeout 0``.
+models, at the cost of one. Runs on a few small names; ``pytest tests/heads/test_names.py --models '*' --timeout 0`` runs it
+on all of them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import vitzoo
-from tests.heads.test_heads import FEW, MODELS, SIZES, targets, untrained
+from tests.heads.test_heads import FEW, SIZES, targets, untrained
 from tests.models.zoo import chosen
 from vitzoo.heads import DETECTORS, SEGMENTERS, Maps, detector, segmenter
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     patterns = metafunc.config.getoption("--models")
-    models = [(name, {}) for name in chosen(patterns)[0]] if patterns else list(MODELS.values())
-    metafunc.parametrize(("name", "kwargs"), models, ids=[name for name, _ in models])
+    metafunc.parametrize("name", chosen(patterns or ["nat_micro", "swin_micro"])[0])
 
 
 class Shared(nn.Module):
@@ -49,7 +48,7 @@ class Shared(nn.Module):
         self.computed.clear()
 
 
-def test_every_head_trains_on_it(name, kwargs, monkeypatch):
+def test_every_head_trains_on_it(name, monkeypatch):
     bodies: dict[int, Shared] = {}
     plain = hasattr(vitzoo.model_info(name).config, "depth")
     build = Maps._build
@@ -62,9 +61,8 @@ def test_every_head_trains_on_it(name, kwargs, monkeypatch):
         return bodies[taps], None
 
     monkeypatch.setattr(Maps, "_build", once)
-    small = {"channels": 32, "backbone_kwargs": kwargs}
-    detectors = {kind: detector(kind, name, 3, head_convs=1, **small, **FEW[kind]) for kind in DETECTORS}
-    segmenters = {kind: segmenter(kind, name, 5, aux=kind == "upernet", **small) for kind in SEGMENTERS}
+    detectors = {kind: detector(kind, name, 3, channels=32, head_convs=1, **FEW[kind]) for kind in DETECTORS}
+    segmenters = {kind: segmenter(kind, name, 5, channels=32, aux=kind == "upernet") for kind in SEGMENTERS}
 
     for size in SIZES:
         for model in (*detectors.values(), *segmenters.values()):
@@ -74,13 +72,10 @@ def test_every_head_trains_on_it(name, kwargs, monkeypatch):
             losses = torch.stack(list(model([torch.rand(3, *size)] * 2, targets(size, size)).values()))
             assert losses.isfinite().all()
             losses.sum().backward()
-        for kind, model in segmenters.items():
+        for model in segmenters.values():
             logits, aux = model.with_aux(torch.randn(2, 3, *size))
             assert logits.shape == (2, 5, *size)
-            loss = logits.square().mean()
-            if kind == "upernet":
-                assert aux.shape == logits.shape
-                loss = loss + aux.square().mean()
+            loss = logits.square().mean() + (0 if aux is None else aux.square().mean())
             assert loss.isfinite()
             loss.backward()
         for body in bodies.values():
@@ -88,12 +83,3 @@ def test_every_head_trains_on_it(name, kwargs, monkeypatch):
             body.backward()
         for kind, model in (detectors | segmenters).items():
             assert untrained(model) == [], kind
-
-    with torch.no_grad():
-        for kind, model in detectors.items():
-            found = model.eval()([torch.rand(3, *size) for size in SIZES])
-            assert all({"boxes", "labels", "scores"} <= set(each) for each in found)
-            if kind == "maskrcnn":
-                assert [each["masks"].shape[1:] for each in found] == [(1, *size) for size in SIZES]
-        for model in segmenters.values():
-            assert model.eval()(torch.randn(2, 3, *SIZES[1])).shape == (2, 5, *SIZES[1])

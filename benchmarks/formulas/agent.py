@@ -24,8 +24,12 @@ def formula(mixer: AgentAttention, x: Tensor) -> Tensor:
         q, (k, v) = mixer.q(x), mixer.kv(x).chunk(2, dim=-1)
     agents = F.adaptive_avg_pool2d(q.permute(0, 3, 1, 2), mixer.grid).flatten(2).transpose(1, 2)
 
-    split = lambda t: t.reshape(b, -1, heads, d).transpose(1, 2)  # noqa: E731
-    enlarge = lambda table: F.interpolate(table, size=(height, width), mode="bilinear")  # noqa: E731
+    def split(t):
+        return t.reshape(b, -1, heads, d).transpose(1, 2)
+
+    def enlarge(table):
+        return F.interpolate(table, size=(height, width), mode="bilinear")
+
     key_bias = (enlarge(mixer.an_bias) + (mixer.ah_bias + mixer.aw_bias)[0]).flatten(2)
     query_bias = enlarge(mixer.na_bias).permute(0, 2, 3, 1).flatten(1, 2) + (mixer.ha_bias + mixer.wa_bias)[0].flatten(1, 2)
     a = split(agents)

@@ -23,7 +23,10 @@ def crowd_code(height, width, box):
 def content():
     """Ids with gaps, a crowd, a box without area, a picture without annotation, an annotation without picture."""
     images = [{"id": 10 * (i + 1), "file_name": f"{i}.jpg", "height": 60 + 10 * i, "width": 80} for i in range(4)]
-    square = lambda x, y, s: [[x, y, x + s, y, x + s, y + s, x, y + s]]  # noqa: E731
+
+    def square(x, y, s):
+        return [[x, y, x + s, y, x + s, y + s, x, y + s]]
+
     annotations = [
         {"id": 1, "image_id": 10, "category_id": 3, "bbox": [10, 10, 40, 30], "area": 1200.0,
          "segmentation": POLYGON},

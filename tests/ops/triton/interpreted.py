@@ -39,6 +39,6 @@ if __name__ == "__main__":
             else:
                 module = next(module for module in MODULES if name in module.CASES)
                 answer = module.measure(module.CASES[name])
-        except Exception:
+        except Exception:  # whatever it is, the test that asked raises it
             answer = {"raised": traceback.format_exc()}
         print(json.dumps(answer), flush=True)
